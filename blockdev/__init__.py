@@ -1,0 +1,1 @@
+"""blockdev: the vbd device, blkfront and blkback."""

@@ -1,0 +1,1 @@
+"""FUSE on the raw descriptor: protocol, session, mount, descriptor loop."""

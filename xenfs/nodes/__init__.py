@@ -1,0 +1,1 @@
+"""What the tree under the mount is made of."""

@@ -1,0 +1,1 @@
+"""The Xen ABI, file for file after xen/include/public: numbers, byte layouts and node names."""

@@ -1,0 +1,1 @@
+"""Device protocols, file for file after xen/include/public/io."""
