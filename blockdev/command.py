@@ -1,0 +1,136 @@
+"""command.py: the frontend's requests in flight, pooled records that own the guest pages their data travels through.
+
+A Command has a run of contiguous frames, granted to the backend once for as long as the connection lasts; its segments
+are therefore packed once. There are many small ones and a few large ones; each pool is a LIFO, so that the pages and
+grants in use stay few. A command is always on exactly one Queue, and moving it asserts where it was.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from blockdev.geometry import pack_segments
+from xenmodel.domain import Domain
+from xenmodel.grant_table import GrantTableFull
+from xenmodel.memory import OutOfMemory
+from xenmodel.types import PAGE_SHIFT, PAGE_SIZE, Domid, Gref, Pfn
+
+SMALL_BYTES = 64 * 1024
+LARGE_BYTES = 1024 * 1024  # 256 segments, FUSE's largest request
+SMALL_COMMANDS = 32
+LARGE_COMMANDS = 8
+
+
+class Where(enum.Enum):
+    """The queue a command is on."""
+
+    FREE = "free"
+    READY = "ready"  # taken by the consumer, or waiting for a place on the ring
+    BUSY = "busy"  # on the ring
+    GONE = "gone"  # its pages are still mapped by a backend that went away: never used again
+
+
+class Command:
+    """One request. The consumer (a disk node) keeps what it needs to answer its client in `unique` and `context`."""
+
+    __slots__ = (
+        "capacity", "context", "grefs", "indirect", "indirect_gref", "length", "offset", "op", "parts", "pfn",
+        "sector", "segments", "size", "status", "tail", "unique", "view", "where",
+    )  # fmt: skip
+
+    def __init__(self, domain: Domain, capacity: int) -> None:
+        pages = capacity >> PAGE_SHIFT
+        self.capacity = capacity
+        # the page behind the data holds the indirect descriptors of a request over the whole buffer
+        self.pfn = domain.memory.allocate(pages + 1)
+        self.view = domain.memory.run(self.pfn, pages)
+        self.tail = self.view[SMALL_BYTES:]  # what follows the first 64 KiB of a large request
+        self.indirect = domain.memory.run(Pfn(self.pfn + pages))
+        self.grefs: list[Gref] = []
+        self.indirect_gref = Gref(0)
+        self.segments = b""
+        self.where = Where.FREE
+        self.op = self.sector = self.length = self.status = self.parts = 0
+        self.unique = self.offset = self.size = 0
+        self.context: Any = None
+
+    def grant(self, domain: Domain, peer: Domid) -> None:
+        """Grant every page to the backend. GrantTableFull (nothing granted) when the table is exhausted."""
+        pages = self.capacity >> PAGE_SHIFT
+        grant = domain.grants.grant_access
+        if domain.grants.available < pages + 1:
+            raise GrantTableFull(f"{pages + 1} grant references are needed, {domain.grants.available} are free")
+        self.grefs = [grant(peer, Pfn(self.pfn + i)) for i in range(pages)]
+        self.indirect_gref = grant(peer, Pfn(self.pfn + pages), readonly=False)
+        self.segments = pack_segments(self.grefs, self.capacity)
+
+    def revoke(self, domain: Domain) -> bool:
+        """End the backend's access; False if it still maps any page, which then must never be used again (XSA-396)."""
+        ended = [domain.grants.end_access(gref) for gref in (*self.grefs, self.indirect_gref) if gref]
+        self.grefs, self.indirect_gref = [], Gref(0)
+        return all(ended)
+
+    def release(self, domain: Domain) -> None:
+        """Give the pages back to the guest."""
+        domain.memory.release(self.pfn, (self.capacity >> PAGE_SHIFT) + 1)
+
+
+class Pool:
+    """The free commands of one size. `most_used` is the high-water mark."""
+
+    def __init__(self, domain: Domain, capacity: int, count: int) -> None:
+        self.domain = domain
+        self.capacity = capacity
+        self.commands: list[Command] = []
+        self.free: list[Command] = []
+        self.most_used = 0
+        for _ in range(count):
+            try:
+                self._add()
+            except OutOfMemory:
+                if not self.commands:
+                    raise
+                break  # a small guest gets fewer requests in flight
+
+    def _add(self) -> Command:
+        command = Command(self.domain, self.capacity)
+        self.commands.append(command)
+        self.free.append(command)
+        return command
+
+    def take(self) -> Command:
+        """The most recently used free command; the caller has seen that `free` is not empty."""
+        command = self.free.pop()
+        assert command.where is Where.FREE, f"a free command is {command.where}"
+        command.where = Where.READY
+        return command
+
+    def give(self, command: Command) -> None:
+        assert command.where is Where.READY, f"a command that is given back is {command.where}"
+        command.where = Where.FREE
+        self.free.append(command)
+
+    def replace(self, old: Command) -> Command:
+        """Quarantine `old`, whose pages a backend still maps, and let a fresh command take its place (free or not)."""
+        fresh = Command(self.domain, self.capacity)
+        fresh.view[:] = old.view
+        for name in ("op", "sector", "length", "status", "unique", "offset", "size", "context", "where"):
+            setattr(fresh, name, getattr(old, name))
+        self.commands[self.commands.index(old)] = fresh
+        if old.where is Where.FREE:
+            self.free[self.free.index(old)] = fresh
+        old.where = Where.GONE
+        return fresh
+
+    def wipe(self, command: Command, length: int) -> None:
+        """Zero what a backend that is not trusted could otherwise see of earlier requests (`trusted` = 0)."""
+        pages = (length + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+        command.view[:pages] = bytes(pages)
+
+    def close(self) -> None:
+        for command in self.commands:
+            if command.where is not Where.GONE:
+                command.release(self.domain)
+        self.commands.clear()
+        self.free.clear()

@@ -1,0 +1,243 @@
+"""image.py (edge): a raw file or block device as a Storage. preadv/pwritev straight into and out of guest pages.
+
+Called by blkback; owns the image's descriptor and, with its fellows, a few worker threads. What the page cache can answer
+is answered at once (RWF_NOWAIT says so); what would wait for the medium goes to a worker, and the loop reaps it.
+
+Small writes go into the page cache from the loop while the host takes them quickly; one that took long (dirty throttling,
+a journal commit) sends the following ones to the workers until they are quick again. Large writes always go to a worker,
+which copies while the loop already reads the next request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+from blockdev.blkback import Backing, StorageError
+from blockdev.storage import PENDING, Request
+from xenmodel.public.io.blkif import BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, SECTOR_SIZE
+
+log = logging.getLogger("xenfs.image")
+
+WORKERS = 4
+INLINE_WRITE_BYTES = 64 * 1024
+SLOW_WRITE_S = 0.002
+BLKSSZGET, BLKPBSZGET = 0x1268, 0x127B
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+DISCARD_GRANULARITY = 4096  # what a file system's hole punching works in
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+Job = tuple["Image", str, Any, Any, Request]
+
+
+class Workers:
+    """A fixed number of threads for what may wait. `fd` becomes readable when something is done; then call reap()."""
+
+    def __init__(self, count: int = WORKERS) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._done: deque[tuple[Image, Request, str, int]] = deque()
+        self._told = False
+        self._threads = [threading.Thread(target=self._work, name=f"disk-{i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, image: Image, what: str, first: Any, second: Any, request: Request) -> None:
+        self._jobs.put((image, what, first, second, request))
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            image, what, first, second, request = job
+            status = image.perform(what, first, second)
+            self._done.append((image, request, what, status))
+            if not self._told:  # one wake-up for all that is done before the loop looks
+                self._told = True
+                os.eventfd_write(self.fd, 1)
+
+    def reap(self) -> bool:
+        """Complete what is done; True if there was anything. Called from the loop."""
+        if not self._told:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+        self._told = False
+        while self._done:
+            image, request, what, status = self._done.popleft()
+            image.outstanding -= 1
+            if what == "pwritev":
+                image.writes_outstanding -= 1
+            request.complete(status)
+        return True
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        os.close(self.fd)
+
+
+class Image:
+    """`clock` gives seconds (time.perf_counter). Opens and locks at once; StorageError names the path and the reason."""
+
+    def __init__(self, backing: Backing, workers: Workers, clock: Callable[[], float]) -> None:
+        self.path = backing.path
+        self.readonly = backing.readonly
+        self.workers = workers
+        self.clock = clock
+        self.outstanding = self.writes_outstanding = 0
+        self.direct = backing.direct_io
+        self._nowait_reads = not backing.direct_io  # O_DIRECT waits whatever the flag says
+        self._slow_writes = False
+        self._failed: set[str] = set()  # operations that were logged already
+        flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+        try:
+            self.fd = os.open(self.path, flags)
+        except OSError as error:
+            raise StorageError(f"cannot open disk image {self.path}: {error.strerror}") from error
+        try:
+            self._check(backing)
+        except StorageError:
+            os.close(self.fd)
+            raise
+
+    def _check(self, backing: Backing) -> None:
+        mode = os.fstat(self.fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise StorageError(f"disk image {self.path} is neither a regular file nor a block device")
+        logical, physical = SECTOR_SIZE, SECTOR_SIZE
+        if stat.S_ISBLK(mode):
+            logical, physical = _ioctl_u32(self.fd, BLKSSZGET), _ioctl_u32(self.fd, BLKPBSZGET)
+        self.sector_size = backing.sector_size or logical
+        self.physical_sector_size = backing.physical_sector_size or max(physical, self.sector_size)
+        try:
+            fcntl.flock(self.fd, (fcntl.LOCK_SH if self.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StorageError(f"disk image {self.path} is in use by another writer") from error
+        self.discard_granularity = 0 if self.readonly else DISCARD_GRANULARITY
+        self.sectors = self._size()
+        if not self.sectors:
+            raise StorageError(f"disk image {self.path} is smaller than one block of {self.sector_size} bytes")
+
+    def _size(self) -> int:
+        size = os.lseek(self.fd, 0, os.SEEK_END)
+        return size // self.sector_size * (self.sector_size // SECTOR_SIZE)
+
+    def refresh(self) -> bool:
+        """Look at the size again; True if it changed (blkback then says so)."""
+        sectors = self._size()
+        changed, self.sectors = sectors != self.sectors, sectors
+        return changed
+
+    # --- Storage ---------------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, views: list[memoryview], length: int, request: Request) -> int:
+        if self._nowait_reads:
+            try:
+                if os.preadv(self.fd, views, offset, os.RWF_NOWAIT) == length:
+                    return BLKIF_RSP_OKAY
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    return self._error("read", error)
+                self._nowait_reads = False
+        return self._later("preadv", views, offset, request)
+
+    def write(self, offset: int, views: list[memoryview], length: int, request: Request) -> int:
+        if length > INLINE_WRITE_BYTES or self.direct or (self._slow_writes and self.writes_outstanding):
+            self.writes_outstanding += 1
+            return self._later("pwritev", views, offset, request)
+        started = self.clock()
+        status = self._transfer("pwritev", views, offset)
+        self._slow_writes = self.clock() - started > SLOW_WRITE_S
+        if self._slow_writes:
+            log.debug("%s: a write of %d bytes took long; writing from workers", self.path, length)
+        return status
+
+    def flush(self, request: Request) -> int:
+        return BLKIF_RSP_OKAY if self.readonly else self._later("flush", 0, 0, request)
+
+    def discard(self, offset: int, length: int, request: Request) -> int:
+        return self._later("discard", offset, length, request) if length else BLKIF_RSP_OKAY
+
+    def close(self) -> None:
+        """The caller has waited for everything it asked for."""
+        assert not self.outstanding, f"{self.path} closed with {self.outstanding} operations under way"
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    # --- in a worker, or here when it will not wait -------------------------------------------------------------------
+
+    def _later(self, what: str, first: Any, second: Any, request: Request) -> int:
+        self.outstanding += 1
+        self.workers.put(self, what, first, second, request)
+        return PENDING
+
+    def perform(self, what: str, first: Any, second: Any) -> int:
+        if what == "flush":
+            return self._flush()
+        if what == "discard":
+            return self._discard(first, second)
+        return self._transfer(what, first, second)
+
+    def _transfer(self, what: str, views: list[memoryview], offset: int) -> int:
+        """preadv or pwritev until everything is moved; a short read is an image that was cut."""
+        move = os.preadv if what == "preadv" else os.pwritev
+        try:
+            done = move(self.fd, views, offset)
+            while (left := sum(map(len, views)) - done) > 0:
+                if done == 0:
+                    raise OSError(errno.EIO, f"the image ends {left} bytes early")
+                views, offset = _rest(views, done), offset + done
+                done = move(self.fd, views, offset)
+        except OSError as error:
+            return self._error(what, error)
+        return BLKIF_RSP_OKAY
+
+    def _flush(self) -> int:
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            return self._error("fdatasync", error)
+        return BLKIF_RSP_OKAY
+
+    def _discard(self, offset: int, length: int) -> int:
+        if _libc.fallocate(self.fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, length) == 0:
+            return BLKIF_RSP_OKAY
+        number = ctypes.get_errno()
+        if number == errno.EOPNOTSUPP:
+            return BLKIF_RSP_EOPNOTSUPP
+        return self._error("discard", OSError(number, os.strerror(number)))
+
+    def _error(self, what: str, error: OSError) -> int:
+        if what not in self._failed:  # a bad disk must not flood the log
+            self._failed.add(what)
+            log.error("disk image %s: %s failed: %s (further ones are not logged)", self.path, what, error.strerror)
+        return BLKIF_RSP_ERROR
+
+
+def _ioctl_u32(fd: int, number: int) -> int:
+    return int.from_bytes(fcntl.ioctl(fd, number, bytes(4)), "little")
+
+
+def _rest(views: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of `views` after `done` bytes."""
+    for i, view in enumerate(views):
+        if done < len(view):
+            return [view[done:], *views[i + 1 :]]
+        done -= len(view)
+    return []

@@ -1,0 +1,77 @@
+"""cli.py: the `xenfs` command. Exit codes: 0 done, 1 it could not be done (one line says why), 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from xenfs import __version__
+from xenfs.config import ConfigError, load_configs
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="xenfs",
+        description="Xen's para-virtual devices without Xen: guests' disks appear as files under a mount point.",
+    )
+    top.add_argument("--version", action="version", version=f"xenfs {__version__}")
+    top.add_argument(
+        "--log-level",
+        default="warning",
+        choices=["debug", "info", "warning", "error"],
+        help="how much to say on standard error (default: %(default)s)",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    up = commands.add_parser(
+        "up",
+        help="start guests and mount their devices",
+        description="Start the guests described by xl.cfg(5) files and mount their devices at DIR. Stays in the "
+        "foreground; prints `ready` when all devices are connected. SIGINT or SIGTERM flushes, closes, unmounts and "
+        "ends it with status 0; SIGHUP looks at the size of the images again.",
+    )
+    up.add_argument("--mount", required=True, metavar="DIR", help="an empty directory to mount at")
+    up.add_argument(
+        "--allow-other",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let other users see the mount (default: yes for root, no for others)",
+    )
+    up.add_argument("configs", nargs="+", metavar="GUEST.cfg", help="a guest's configuration, xl.cfg(5) syntax")
+    demo = commands.add_parser(
+        "demo",
+        help="show a virtual disk from mkfs to fsck",
+        description="Create a scratch image, start a guest with it, and show each step with its command line: "
+        "mkfs, mount, write, unmount, fsck. Needs root for the mount; cleans up after itself.",
+    )
+    demo.add_argument("--keep", action="store_true", help="leave the scratch directory behind")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(name)s: %(levelname)s: %(message)s", stream=sys.stderr
+    )
+    # these need libfuse, which --help and a wrong configuration should not
+    from blockdev.blkback import StorageError
+    from xenfs.fuse.mount import MountError
+    from xenfs.host import HostError
+
+    try:
+        if options.command == "up":
+            from xenfs.up import up
+
+            up(load_configs(options.configs), options.mount, options.allow_other)
+        else:
+            from xenfs.demo import demo
+
+            return demo(options.keep)
+    except (ConfigError, HostError, MountError, StorageError) as error:
+        print(f"xenfs: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"xenfs: {error.filename or 'error'}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0

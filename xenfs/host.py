@@ -1,0 +1,231 @@
+"""host.py: the host: one hypervisor, its kernels' buses, the tree, and what keeps them moving.
+
+World is everything without a descriptor of the mount: it can be built, settled and looked at in a test. run() adds the
+mount and the trio tasks: one for the FUSE descriptor, one for the disk workers' eventfd. kick() is what every edge calls
+when it has handed in a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import trio
+
+from blockdev.blkback import Backing, Blkback
+from blockdev.blkfront import Blkfront
+from blockdev.image import Image, Workers
+from blockdev.storage import Storage
+from xenfs.config import GuestConfig
+from xenfs.exports import EXPORTS, Export
+from xenfs.fuse.tree import Directory, Link
+from xenfs.nodes import text
+from xenfs.nodes.text import Text
+from xenfs.nodes.xenstore import StoreDirectory, StoreTree
+from xenfs.probe import Probe
+from xenfs.toolstack import Toolstack
+from xenmodel.domain import Domain
+from xenmodel.hypervisor import Hypervisor
+from xenmodel.public.io.xenbus import XenbusState
+from xenmodel.types import Domid
+from xenmodel.xenbus import XenbusDevice
+from xenmodel.xenstore.client import Client
+
+log = logging.getLogger("xenfs.host")
+
+DOM0_MEMORY_MIB = 64
+
+
+class HostError(Exception):
+    """The user asked for something that cannot be had; the text says what and why."""
+
+
+class Guest(NamedTuple):
+    """One domain as the host shows it."""
+
+    domain: Domain
+    config: GuestConfig
+    probe: Probe
+    directory: Directory
+    exports: dict[str, Export]  # by frontend directory
+
+
+class World:
+    """Domain 0 with its backends, and a guest per configuration."""
+
+    def __init__(self, open_storage: Callable[[Backing], Storage] | None = None) -> None:
+        self.workers = Workers()
+        self.open_storage = open_storage or (lambda backing: Image(backing, self.workers, time.perf_counter))
+        self.hypervisor = Hypervisor()
+        self.toolstack = Toolstack(self.hypervisor)
+        self.dom0 = self.toolstack.create_dom0(DOM0_MEMORY_MIB)
+        self.guests: dict[int, Guest] = {}
+        store = StoreTree(self.hypervisor.store.connect(Domid(0)))
+        self.domains = Directory()
+        self.root = Directory({"domains": self.domains, "xenstore": StoreDirectory(store, "/")})
+        self.backends = Probe(self.dom0, self._kernel(Domid(0)), "backend", {"vbd": self._make_blkback})
+        self.backends.start()
+        self.domains.add("0", self._directory(self.dom0, Directory()))
+        self.announce: Callable[[str], None] = log.info
+
+    def _kernel(self, domid: Domid) -> Client:
+        """A domain's kernel has one store connection for all its drivers."""
+        return Client(self.hypervisor.store.connect(domid))
+
+    # --- guests ------------------------------------------------------------------------------------------------------
+
+    def create(self, config: GuestConfig) -> Guest:
+        """What `xl create` does: the domain, its kernel's bus, then its devices."""
+        domain = self.toolstack.create(config)
+        dev = Directory()
+        directory = self._directory(domain, dev)
+        probe = Probe(domain, self._kernel(domain.domid), "device", {"vbd": _make_blkfront})
+        guest = Guest(domain, config, probe, directory, {})
+        inspect = directory.children[b"inspect"]
+        assert isinstance(inspect, Directory), "inspect is a directory"
+        probe.added = lambda device: self._added(guest, device, dev, inspect)
+        probe.dropped = lambda device: self._dropped(guest, device)
+        self.guests[domain.domid] = guest
+        self.domains.add(str(domain.domid), directory)
+        self.domains.add(config.name, Link(str(domain.domid)))
+        probe.start()
+        for disk in config.disks:
+            self.toolstack.attach_disk(domain.domid, disk)
+        return guest
+
+    def destroy(self, domid: int) -> None:
+        guest = self.guests.pop(domid)
+        guest.probe.stop()
+        self.toolstack.destroy(domid)
+        self.domains.remove(str(domid))
+        self.domains.remove(guest.config.name)
+        self.hypervisor.settle()
+
+    def _directory(self, domain: Domain, dev: Directory) -> Directory:
+        inspect = Directory(
+            {
+                "evtchn": Text(lambda: text.evtchn(domain)),
+                "grants": Text(lambda: text.grants(domain)),
+                "rings": Text(lambda: self._rings(domain)),
+            }
+        )
+        children = {
+            "name": Text(lambda: f"{domain.name}\n"),
+            "state": Text(lambda: f"{domain.state.value}\n"),
+            "inspect": inspect,
+        }
+        return Directory({"dev": dev, **children} if domain.domid else dict(children))
+
+    def _added(self, guest: Guest, device: XenbusDevice, dev: Directory, inspect: Directory) -> None:
+        assert isinstance(device, Blkfront), f"{device.node} is no frontend we made"
+        export = EXPORTS["vbd"](device, dev, inspect)
+        guest.exports[device.node] = export
+        device.on_change = lambda: self._changed(guest, device, export)
+
+    def _changed(self, guest: Guest, front: Blkfront, export: Export) -> None:
+        export.refresh()
+        mib = front.sectors / 2048
+        if front.state is XenbusState.Connected:
+            mode = "read-only" if front.readonly else "read-write"
+            self.announce(f"{guest.config.name} {export.name}: {mib:g} MiB, {mode}, connected")
+
+    def _dropped(self, guest: Guest, device: XenbusDevice) -> None:
+        export = guest.exports.pop(device.node, None)
+        if export is not None:
+            export.remove()
+
+    def fronts(self) -> Iterable[tuple[Guest, Blkfront]]:
+        for guest in self.guests.values():
+            for device in guest.probe.devices.values():
+                if isinstance(device, Blkfront):
+                    yield guest, device
+
+    def backs(self) -> list[Blkback]:
+        return [device for device in self.backends.devices.values() if isinstance(device, Blkback)]
+
+    def _rings(self, domain: Domain) -> str:
+        fronts = [(f.node.split("/", 4)[4], f) for _, f in self.fronts() if f.domain is domain]
+        backs = [(b.node.split("/", 4)[4], b) for b in self.backs() if domain is b.domain]
+        return text.rings(fronts, backs)
+
+    def _make_blkback(self, domain: Domain, client: Client, node: str, peer: str, domid: int) -> Blkback:
+        return Blkback(domain, client, node, peer, domid, self.open_storage)
+
+    # --- keeping it moving ---------------------------------------------------------------------------------------------
+
+    def kick(self) -> bool:
+        """Deliver what a batch caused; True if there is more to do."""
+        self.workers.reap()
+        return self.hypervisor.deliver()
+
+    def settle(self) -> None:
+        """Bring the control plane to rest (start-up; no client is connected yet)."""
+        self.hypervisor.settle()
+
+    def check_connected(self) -> None:
+        """HostError with the reason if a disk that was asked for is not there."""
+        for guest in self.guests.values():
+            for disk in guest.config.disks:
+                where = f"/local/domain/{guest.domain.domid}/device/vbd/{disk.vdev_number}"
+                front = guest.probe.devices.get(where)
+                if front is None or front.state is not XenbusState.Connected:
+                    raise HostError(f"{guest.config.name}: {disk.vdev}: {self._why(guest, disk.vdev_number)}")
+
+    def _why(self, guest: Guest, ident: int) -> str:
+        domid = guest.domain.domid
+        paths = (
+            f"/local/domain/0/error/backend/vbd/{domid}/{ident}/error",
+            f"/local/domain/{domid}/error/device/vbd/{ident}/error",
+        )
+        reasons = [reason for path in paths if (reason := self.toolstack.client.read(path))]
+        # the number in front is for programs that read the node
+        return "; ".join(reason.partition(" ")[2] for reason in reasons) or "did not connect"
+
+    def refresh_images(self) -> None:
+        """Look at the size of every image again (SIGHUP): a resize is announced to its guest."""
+        for back in self.backs():
+            if isinstance(back.storage, Image) and back.storage.refresh():
+                back.resized()
+        self.hypervisor.settle()
+
+    # --- tasks -------------------------------------------------------------------------------------------------------
+
+    async def reap_workers(self) -> None:
+        """The task of the disk workers' eventfd."""
+        while True:
+            await trio.lowlevel.wait_readable(self.workers.fd)
+            self.run_until_quiet()
+
+    def run_until_quiet(self) -> None:
+        while self.kick():
+            pass
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until no request is under way; False if the time was not enough."""
+        with trio.move_on_after(timeout_s):
+            while any(front.waiting or any(q.ring.free < q.ring.size for q in front.queues) for _, front in self.fronts()):
+                self.run_until_quiet()
+                await trio.sleep(0.005)
+            return True
+        return False
+
+    def close(self) -> None:
+        """Close every device in order (guest first), destroy the domains, stop the workers."""
+        for _, front in self.fronts():
+            front.close()
+        deadline = time.monotonic() + 10
+        while any(f.state is not XenbusState.Closed for _, f in self.fronts()) and time.monotonic() < deadline:
+            self.run_until_quiet()
+            time.sleep(0.001)
+        for domid in list(self.guests):
+            self.destroy(domid)
+        self.backends.stop()
+        self.hypervisor.settle()
+        self.workers.close()
+        self.hypervisor.close()
+
+
+def _make_blkfront(domain: Domain, client: Client, node: str, peer: str, domid: int) -> Blkfront:
+    return Blkfront(domain, client, node, peer, domid)

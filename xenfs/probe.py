@@ -1,0 +1,89 @@
+"""probe.py: what a kernel's xenbus does: find a domain's devices in the store, and make and drop their drivers.
+
+One Probe watches one tree: `device` (this domain's frontends, device/KIND/ID) or `backend` (its backends,
+backend/KIND/DOMID/ID). A directory that a toolstack made becomes a driver; one that vanishes loses it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from xenmodel.domain import Domain
+from xenmodel.types import PeerFault
+from xenmodel.xenbus import XenbusDevice
+from xenmodel.xenstore.client import Client
+
+log = logging.getLogger("xenfs.xenbus")
+
+Make = Callable[[Domain, Client, str, str, int], XenbusDevice]
+MOST_DEVICES = 1024  # of one tree; a store that lists more is not believed
+
+
+class Probe:
+    """`makers` has a driver per kind; others are left alone, as by a kernel without that module."""
+
+    def __init__(self, domain: Domain, client: Client, tree: str, makers: Mapping[str, Make]) -> None:
+        self.domain = domain
+        self.client = client
+        self.tree = f"/local/domain/{domain.domid}/{tree}"
+        self.peer_key = "backend" if tree == "device" else "frontend"
+        self.depth = 2 if tree == "device" else 3
+        self.makers = makers
+        self.devices: dict[str, XenbusDevice] = {}
+        self.added: Callable[[XenbusDevice], None] = lambda _device: None
+        self.dropped: Callable[[XenbusDevice], None] = lambda _device: None
+
+    def start(self) -> None:
+        self._watch = self.client.watch(self.tree, self._changed)
+
+    def _changed(self, path: str) -> None:
+        """Something below the tree changed; only the directory it is in matters."""
+        names = path.removeprefix(self.tree).strip("/").split("/")
+        if len(names) >= self.depth:
+            self._look(f"{self.tree}/{'/'.join(names[: self.depth])}", names[0])
+            return
+        for node in list(self.devices):
+            if not self.client.exists(node):
+                self._drop(node)
+        self._scan(self.tree, 0)
+
+    def _scan(self, path: str, depth: int) -> None:
+        for name in self.client.directory(path)[:MOST_DEVICES]:
+            if depth + 1 < self.depth:
+                self._scan(f"{path}/{name}", depth + 1)
+            else:
+                node = f"{path}/{name}"
+                self._look(node, node.removeprefix(self.tree).split("/")[1])
+
+    def _look(self, node: str, kind: str) -> None:
+        make = self.makers.get(kind)
+        if make is None:
+            return
+        if not self.client.exists(node):
+            self._drop(node)
+        elif node not in self.devices and len(self.devices) < MOST_DEVICES:
+            peer = self.client.read(f"{node}/{self.peer_key}")
+            if peer is None or not self.client.exists(f"{node}/state"):
+                return  # not whole yet: it will change again
+            try:
+                device = make(
+                    self.domain, self.client, node, peer, self.client.read_int(f"{node}/{self.peer_key}-id", 0)
+                )
+            except PeerFault as fault:
+                log.error("%s: %s", node, fault)
+                return
+            self.devices[node] = device
+            self.added(device)
+            device.start()
+
+    def _drop(self, node: str) -> None:
+        device = self.devices.pop(node, None)
+        if device is not None:
+            device.stop()
+            self.dropped(device)
+
+    def stop(self) -> None:
+        self.client.unwatch(self._watch)
+        for node in list(self.devices):
+            self._drop(node)

@@ -1,0 +1,296 @@
+"""grant_table.py: grant_table.h version 1. Who may see which frame, in real entries in the guest's own memory.
+
+GrantTable is one domain's table. Its upper half is what the guest kernel does (grant_access, end_access: plain writes to
+its own memory); the lower half is what Xen does when a peer asks (pin, unpin). MapTrack is what one domain has mapped
+from others: gnttab_map_grant_ref, gnttab_unmap_grant_ref and gnttab_copy.
+
+Invariants: GTF_reading/GTF_writing in an entry follow its pin counts, set and cleared in pin() and unpin() only; while an
+entry is pinned its *active* copy decides, never the guest's bytes (XSA-500); a mapping holds its frame until it is undone,
+whatever the granter does. Statuses are the GNTST_* that Xen 4.17 returns at that place.
+Left out: version 2, transitive grants and transfer (refused like on a host that forbids them), device maps, cache flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from xenmodel.memory import Frame, GuestMemory
+from xenmodel.public.grant_table import (
+    GNTMAP_device_map,
+    GNTMAP_host_map,
+    GNTMAP_readonly,
+    GNTST_bad_copy_arg,
+    GNTST_bad_domain,
+    GNTST_bad_gntref,
+    GNTST_bad_handle,
+    GNTST_bad_page,
+    GNTST_general_error,
+    GNTST_no_device_space,
+    GNTST_okay,
+    GTF_permit_access,
+    GTF_reading,
+    GTF_readonly,
+    GTF_type_mask,
+    GTF_writing,
+)
+from xenmodel.types import PAGE_SIZE, Domid, Gref, Pfn
+
+ENTRIES_PER_FRAME = 512  # 8-byte entries
+RESERVED_REFS = 8  # GNTTAB_NR_RESERVED_ENTRIES: 0 console, 1 xenstore
+MAX_PINS = 0x80  # Xen refuses a pin when bit 7 of the 8-bit count is set
+DEFAULT_MAX_FRAMES = 64  # gnttab_max_frames
+DEFAULT_MAX_MAPTRACK_FRAMES = 1024  # gnttab_max_maptrack_frames
+MAPTRACK_PER_FRAME = 256  # 16-byte struct grant_mapping
+
+
+class GrantTableFull(Exception):
+    """No free reference is left and the table may not grow: raise max_grant_frames."""
+
+
+class Active:
+    """Xen's own record of an entry in use (struct active_grant_entry)."""
+
+    __slots__ = ("domid", "pfn", "readers", "writers")
+
+    def __init__(self, domid: int, pfn: int) -> None:
+        self.domid = domid
+        self.pfn = pfn
+        self.readers = 0
+        self.writers = 0
+
+
+class Entry(NamedTuple):
+    """One used entry, for inspection."""
+
+    ref: int
+    flags: int
+    domid: int
+    pfn: int
+    pins: int
+
+
+class GrantTable:
+    """One domain's table, at most `max_frames` frames of it, grown one frame at a time."""
+
+    def __init__(self, memory: GuestMemory, max_frames: int = DEFAULT_MAX_FRAMES) -> None:
+        self.memory = memory
+        self.max_frames = max_frames
+        self.active: dict[int, Active] = {}
+        self._frames: list[memoryview] = []  # each frame as 1024 u32 words: flags | domid << 16, pfn
+        self._free: list[int] = []  # LIFO, so that the references in use stay few and low
+
+    # --- the guest's half ------------------------------------------------------------------------------------------
+
+    def grant_access(self, domid: Domid, pfn: Pfn, *, readonly: bool = False) -> Gref:
+        """Let `domid` map or copy frame `pfn`. GrantTableFull when no reference is left."""
+        if not self._free:
+            self._grow()
+        ref = self._free.pop()
+        self.set_entry(Gref(ref), domid, pfn, readonly=readonly)
+        return Gref(ref)
+
+    def set_entry(self, ref: Gref, domid: Domid, pfn: Pfn, *, readonly: bool = False) -> None:
+        """Fill a particular entry (the reserved ones: 0 console, 1 xenstore), in the order grant_table.h asks for."""
+        while ref >= len(self._frames) * ENTRIES_PER_FRAME:
+            self._grow()
+        words, i = self._frames[ref >> 9], (ref & 511) << 1
+        words[i + 1] = pfn
+        words[i] = GTF_permit_access | (GTF_readonly if readonly else 0) | domid << 16
+
+    def end_access(self, ref: Gref) -> bool:
+        """Revoke; False, and nothing happens, while a peer has it mapped: the frame must then not be reused (XSA-396)."""
+        words, i = self._frames[ref >> 9], (ref & 511) << 1
+        if words[i] & (GTF_reading | GTF_writing):
+            return False
+        assert words[i] & GTF_type_mask, f"grant {ref} ended twice"
+        words[i] = 0
+        if ref >= RESERVED_REFS:
+            self._free.append(ref)
+        return True
+
+    def _grow(self) -> None:
+        if len(self._frames) >= self.max_frames:
+            raise GrantTableFull(f"all {len(self)} grant references are in use (max_grant_frames = {self.max_frames})")
+        first = len(self._frames) * ENTRIES_PER_FRAME
+        self._frames.append(self.memory.run(self.memory.allocate()).cast("I"))
+        self._free[:0] = range(first + ENTRIES_PER_FRAME - 1, max(first, RESERVED_REFS) - 1, -1)
+
+    def __len__(self) -> int:
+        """nr_grant_entries: how many entries the table has now."""
+        return len(self._frames) * ENTRIES_PER_FRAME
+
+    @property
+    def available(self) -> int:
+        """References that can still be handed out, growth included."""
+        ungrown = (self.max_frames - len(self._frames)) * ENTRIES_PER_FRAME
+        return len(self._free) + ungrown - (0 if self._frames else RESERVED_REFS)
+
+    @property
+    def frames(self) -> int:
+        return len(self._frames)
+
+    def entries(self) -> Iterator[Entry]:
+        """Every used entry, as the guest's memory has it now."""
+        for ref in range(len(self)):
+            words, i = self._frames[ref >> 9], (ref & 511) << 1
+            if words[i]:
+                pins = self.active.get(ref)
+                count = pins.readers + pins.writers if pins else 0
+                yield Entry(ref, words[i] & 0xFFFF, words[i] >> 16, words[i + 1], count)
+
+    # --- Xen's half ------------------------------------------------------------------------------------------------
+
+    def pin(self, ref: int, by: Domid, readonly: bool) -> tuple[int, Active | None]:
+        """Check an entry for `by` and count one more use of it; (GNTST_okay, active) or (an error status, None)."""
+        if not 0 <= ref < len(self):
+            return GNTST_bad_gntref, None
+        words, i = self._frames[ref >> 9], (ref & 511) << 1
+        active = self.active.get(ref)
+        if active is not None and (active.domid != by or active.readers >= MAX_PINS or active.writers >= MAX_PINS):
+            return GNTST_general_error, None
+        if active is None or (not readonly and not active.writers):
+            header = words[i]  # read once: the guest may be changing it
+            flags = header & 0xFFFF
+            if flags & GTF_type_mask != GTF_permit_access or header >> 16 != by:
+                return GNTST_general_error, None
+            if not readonly and flags & GTF_readonly:
+                return GNTST_general_error, None
+        if active is None:
+            active = Active(by, words[i + 1])
+            if active.pfn >= self.memory.pages:
+                return GNTST_bad_page, None
+            self.active[ref] = active
+        if readonly:
+            active.readers += 1
+            words[i] |= GTF_reading
+        else:
+            active.writers += 1
+            words[i] |= GTF_reading | GTF_writing
+        return GNTST_okay, active
+
+    def unpin(self, ref: int, readonly: bool) -> None:
+        """Undo one pin(); the last one lets go of the entry's flags."""
+        active = self.active[ref]
+        if readonly:
+            active.readers -= 1
+        else:
+            active.writers -= 1
+        assert active.readers >= 0 and active.writers >= 0, f"grant {ref} unpinned too often"
+        words, i = self._frames[ref >> 9], (ref & 511) << 1
+        if not active.writers:
+            words[i] &= ~GTF_writing & 0xFFFFFFFF
+            if not active.readers:
+                words[i] &= ~GTF_reading & 0xFFFFFFFF
+                del self.active[ref]
+
+
+class Mapping:
+    """A granted frame as its mapper sees it: `view` is the frame, read-only if that was asked for."""
+
+    __slots__ = ("frame", "handle", "readonly", "ref", "table", "view")
+
+    def __init__(self, handle: int, table: GrantTable, ref: int, frame: Frame, readonly: bool) -> None:
+        self.handle = handle
+        self.table = table
+        self.ref = ref
+        self.frame = frame
+        self.readonly = readonly
+        view = frame.memory.run(Pfn(frame.pfn))
+        self.view = view.toreadonly() if readonly else view
+
+
+class CopyPtr(NamedTuple):
+    """One side of a gnttab_copy: a granted frame (`ref` of `domid`), or with ref None the caller's own frame `pfn`."""
+
+    offset: int
+    domid: Domid
+    ref: int | None = None
+    pfn: int = 0
+
+
+class MapTrack:
+    """What domain `domid` has mapped from others. `lookup` finds a living domain's table, or None."""
+
+    def __init__(
+        self,
+        domid: Domid,
+        memory: GuestMemory,
+        lookup: Callable[[int], GrantTable | None],
+        max_frames: int = DEFAULT_MAX_MAPTRACK_FRAMES,
+    ) -> None:
+        self.domid = domid
+        self.memory = memory
+        self.lookup = lookup
+        self.limit = max_frames * MAPTRACK_PER_FRAME
+        self.mappings: dict[int, Mapping] = {}
+        self._next_handle = 0
+        self._free_handles: list[int] = []
+
+    def map(self, domid: int, ref: int, flags: int = GNTMAP_host_map) -> tuple[int, Mapping | None]:
+        """gnttab_map_grant_ref: (GNTST_okay, mapping) or (an error status, None)."""
+        if not flags & (GNTMAP_host_map | GNTMAP_device_map):
+            return GNTST_bad_gntref, None
+        table = self.lookup(domid)
+        if table is None:
+            return GNTST_bad_domain, None
+        if len(self.mappings) >= self.limit:
+            return GNTST_no_device_space, None
+        readonly = bool(flags & GNTMAP_readonly)
+        status, active = table.pin(ref, self.domid, readonly)
+        if active is None:
+            return status, None
+        if self._free_handles:
+            handle = self._free_handles.pop()
+        else:
+            handle, self._next_handle = self._next_handle, self._next_handle + 1
+        mapping = Mapping(handle, table, ref, Frame(table.memory, active.pfn), readonly)
+        self.mappings[handle] = mapping
+        return GNTST_okay, mapping
+
+    def unmap(self, handle: int) -> int:
+        """gnttab_unmap_grant_ref. A handle that is not mapped (any more) is GNTST_bad_handle."""
+        mapping = self.mappings.pop(handle, None)
+        if mapping is None:
+            return GNTST_bad_handle
+        self._free_handles.append(handle)
+        mapping.table.unpin(mapping.ref, mapping.readonly)
+        return GNTST_okay
+
+    def unmap_all(self) -> None:
+        for handle in list(self.mappings):
+            self.unmap(handle)
+
+    def copy(self, source: CopyPtr, dest: CopyPtr, length: int) -> int:
+        """gnttab_copy of one segment: within one page on each side. A length of 0 asks for nothing and gets GNTST_okay."""
+        if length == 0:
+            return GNTST_okay
+        for side in (source, dest):
+            if side.offset < 0 or length < 0 or side.offset + length > PAGE_SIZE:
+                return GNTST_bad_copy_arg
+        status, data = self._copy_side(source, readonly=True)
+        if data is None:
+            return status
+        status, target = self._copy_side(dest, readonly=False)
+        if target is not None:
+            target[dest.offset : dest.offset + length] = data[source.offset : source.offset + length]
+            self._copy_done(dest, readonly=False)
+        self._copy_done(source, readonly=True)
+        return status
+
+    def _copy_side(self, side: CopyPtr, readonly: bool) -> tuple[int, memoryview | None]:
+        if side.ref is None:
+            if not 0 <= side.pfn < self.memory.pages:
+                return GNTST_bad_page, None
+            return GNTST_okay, self.memory.run(Pfn(side.pfn))
+        table = self.lookup(side.domid)
+        if table is None:
+            return GNTST_bad_domain, None
+        status, active = table.pin(side.ref, self.domid, readonly)
+        return status, None if active is None else table.memory.run(Pfn(active.pfn))
+
+    def _copy_done(self, side: CopyPtr, readonly: bool) -> None:
+        if side.ref is not None:
+            table = self.lookup(side.domid)
+            assert table is not None, f"domain {side.domid} cannot vanish within one copy"
+            table.unpin(side.ref, readonly)

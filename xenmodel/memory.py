@@ -1,0 +1,118 @@
+"""memory.py: a domain's RAM, one memfd; frames are slices of one shared mapping.
+
+Called by the domain's own drivers (allocate, release), by the grant table (which frames may be seen from outside) and by
+backends, which read and write the frames they were granted. The memfd is the only descriptor in xenmodel: it makes guest
+memory real shared memory that another process can map. It is sparse: a frame nobody touched costs nothing.
+
+Invariant: a frame is either free or allocated, never both; a frame that is given out reads as zeroes.
+Left out: machine frame numbers, populate-on-demand, paging. A guest's pfn is its offset in the memfd.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from xenmodel.types import PAGE_SIZE, Pfn
+
+
+class OutOfMemory(Exception):
+    """The guest has no run of free frames of that length."""
+
+
+class GuestMemory:
+    """`pages` frames of 4096 bytes. `view` is all of them; slices of it are the frames (DESIGN: memory is the truth)."""
+
+    def __init__(self, pages: int, name: str = "guest") -> None:
+        if pages <= 0:
+            raise ValueError(f"a domain needs at least one page of memory, not {pages}")
+        self.pages = pages
+        self.fd = os.memfd_create(f"xen-{name}"[:240], os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, pages * PAGE_SIZE)
+        self._map = mmap.mmap(self.fd, pages * PAGE_SIZE, mmap.MAP_SHARED)
+        self.view = memoryview(self._map)
+        self._free: list[tuple[int, int]] = [(0, pages)]  # (first, count), ascending, never adjacent
+
+    def run(self, pfn: Pfn, count: int = 1) -> memoryview:
+        """`count` frames from `pfn` on, writable. IndexError outside the domain's memory."""
+        if pfn < 0 or count < 0 or pfn + count > self.pages:
+            raise IndexError(f"frames {pfn}..{pfn + count} are outside 0..{self.pages}")
+        return self.view[pfn * PAGE_SIZE : (pfn + count) * PAGE_SIZE]
+
+    def allocate(self, count: int = 1) -> Pfn:
+        """First-fit: a run of `count` free frames, all zero. OutOfMemory if there is none."""
+        for i, (first, length) in enumerate(self._free):
+            if length >= count:
+                if length == count:
+                    del self._free[i]
+                else:
+                    self._free[i] = (first + count, length - count)
+                return Pfn(first)
+        raise OutOfMemory(f"no {count} contiguous free frames ({self.free_pages} of {self.pages} are free)")
+
+    def release(self, pfn: Pfn, count: int = 1) -> None:
+        """Give frames back; the host gets the memory, and the next owner reads zeroes."""
+        self._map.madvise(mmap.MADV_REMOVE, pfn * PAGE_SIZE, count * PAGE_SIZE)
+        first, end = int(pfn), pfn + count
+        at = next((i for i, (start, _) in enumerate(self._free) if start >= first), len(self._free))
+        if at < len(self._free):
+            assert end <= self._free[at][0], f"frames {first}..{end} overlap free ones at {self._free[at]}"
+        if at and sum(self._free[at - 1]) >= first:
+            assert sum(self._free[at - 1]) == first, f"frame {first} is free already: {self._free[at - 1]}"
+            at -= 1
+            first = self._free.pop(at)[0]
+        if at < len(self._free) and self._free[at][0] == end:
+            end += self._free.pop(at)[1]
+        self._free.insert(at, (first, end - first))
+
+    @property
+    def free_pages(self) -> int:
+        return sum(count for _, count in self._free)
+
+    @property
+    def populated_pages(self) -> int:
+        """Frames the host really holds for this domain."""
+        return os.fstat(self.fd).st_blocks * 512 // PAGE_SIZE
+
+    def close(self) -> None:
+        """Drop the memfd. The mapping goes with the last view of it, for a peer may still be reading."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Frame(NamedTuple):
+    """One frame of one domain: what a grant refers to."""
+
+    memory: GuestMemory
+    pfn: int
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+
+
+def vmap(frames: Sequence[Frame]) -> memoryview:
+    """One contiguous writable view of frames that need not be contiguous (a multi-page ring), as Linux's vmap() gives.
+
+    Neighbours in one domain are a plain slice; scattered ones are mapped side by side for as long as the view lives.
+    """
+    first = frames[0]
+    if all(f.memory is first.memory and f.pfn == first.pfn + i for i, f in enumerate(frames)):
+        return first.memory.run(Pfn(first.pfn), len(frames))
+    window = mmap.mmap(-1, len(frames) * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(window))
+    MAP_FIXED = 0x10  # replaces pages inside our own window, so it can hit nobody else's mapping
+    for i, frame in enumerate(frames):
+        address = base + i * PAGE_SIZE
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        got = _libc.mmap(
+            address, PAGE_SIZE, protection, mmap.MAP_SHARED | MAP_FIXED, frame.memory.fd, frame.pfn * PAGE_SIZE
+        )
+        if got != address:
+            raise OSError(ctypes.get_errno(), "mmap of a guest frame failed")
+    return memoryview(window)

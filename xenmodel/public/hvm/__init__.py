@@ -1,0 +1,1 @@
+"""What only fully virtualised guests see, file for file after xen/include/public/hvm."""
