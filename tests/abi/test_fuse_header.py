@@ -162,9 +162,7 @@ def header_minor() -> int:
 @pytest.fixture(scope="module")
 def header_names() -> set[str]:
     """All constants of the header: object-like macros and enumerators."""
-    macros = subprocess.run(
-        ["gcc", "-E", "-dM", HEADER], check=True, capture_output=True, text=True, timeout=60
-    ).stdout
+    macros = subprocess.run(["gcc", "-E", "-dM", HEADER], check=True, capture_output=True, text=True, timeout=60).stdout
     names = {line.split()[1] for line in macros.splitlines() if len(line.split()) > 2}
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
     for block in re.findall(r"enum \w+ \{(.*?)\}", text, re.DOTALL):

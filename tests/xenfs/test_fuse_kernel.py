@@ -119,9 +119,7 @@ def test_directory_types_are_mode_bits(kind):
 def test_structures_keep_64_bit_alignment():
     """Goal: no structure lost a field: fuse.h pads each for 32-bit servers.
     Method: sizes; the one exception is the header's own."""
-    odd = {
-        name for name, value in vars(kernel).items() if isinstance(value, struct.Struct) and value.size % 8
-    }
+    odd = {name for name, value in vars(kernel).items() if isinstance(value, struct.Struct) and value.size % 8}
     assert odd == {"REMOVEMAPPING_IN"}
     assert all(value.format[0] == "<" for value in vars(kernel).values() if isinstance(value, struct.Struct))
 

@@ -253,8 +253,7 @@ def _free_directory(path: str) -> str:
 def _occupied(path: str, entry: _Entry) -> MountError:
     return MountError(
         errno.EBUSY,
-        f"{path} is a mount point already ({entry.fstype} from {entry.source}); "
-        "unmount it or choose another directory",
+        f"{path} is a mount point already ({entry.fstype} from {entry.source}); unmount it or choose another directory",
     )
 
 

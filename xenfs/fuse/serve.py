@@ -1,9 +1,8 @@
 """serve.py (edge): the descriptor loop of a mounted session.
 
 Reads requests until there are none (a bounded batch), lets the host deliver what they caused, and looks again before it
-goes back to trio: a client that waits for one answer usually asks again at once. How long it looks adapts, as QEMU's
-AioContext polling does: a wait that ended while we looked makes the next look longer, one that did not makes it shorter,
-down to nothing, so that an idle mount never wakes.
+goes back to trio: a client that waits for one answer usually asks again at once, and a trip through epoll costs more than
+a short look (QEMU's AioContext polls for the same reason, 32 us by default). An idle mount never wakes.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ log = logging.getLogger("xenfs.fuse")
 
 BATCH = 32  # requests before the host delivers
 TURN_S = 0.002  # how long other tasks may have to wait for us
-LOOK_MOST_S = 50e-6
-LOOK_LEAST_S = 4e-6
+LOOK_S = 50e-6  # how long to look for the next request after the last one
 
 
 def sender(fd: int) -> Callable[[Buffers], None]:
@@ -49,7 +47,6 @@ class Server:
         self.session = session
         self.kick = kick
         self.unmounted = False
-        self._look_s = LOOK_LEAST_S
 
     async def run(self) -> None:
         """Serve until the file system is unmounted."""
@@ -68,11 +65,8 @@ class Server:
             more = self.kick()
             now = clock()
             if got:
-                if now - quiet_since < self._look_s:
-                    self._look_s = min(LOOK_MOST_S, self._look_s * 2)
                 quiet_since = now
-            elif not more and now - quiet_since >= self._look_s:
-                self._look_s = max(LOOK_LEAST_S, self._look_s / 2)
+            elif not more and now - quiet_since >= LOOK_S:
                 return
 
     def _batch(self) -> int:

@@ -39,9 +39,7 @@ class Client:
                 return None
             raise
 
-    def read_int(
-        self, path: str, default: int, tx: int = 0, *, minimum: int = 0, maximum: int = 2**32 - 1
-    ) -> int:
+    def read_int(self, path: str, default: int, tx: int = 0, *, minimum: int = 0, maximum: int = 2**32 - 1) -> int:
         """A decimal number, or `default` without such a node. Anything else is the fault of its writer."""
         text = self.read(path, tx)
         if text is None:

@@ -96,9 +96,7 @@ class Connection:
         quota = self._store.quota
         if self.domid != CONTROL_DOMAIN:
             if exceeds(self._store.usage(self.domid).transactions + 1, quota.transactions):
-                raise XsError(
-                    XsErrno.ENOSPC, f"domain {self.domid} has {quota.transactions} transactions open"
-                )
+                raise XsError(XsErrno.ENOSPC, f"domain {self.domid} has {quota.transactions} transactions open")
             node_limit = quota.transaction_nodes
         else:
             node_limit = 0
@@ -131,9 +129,7 @@ class Connection:
         prefix_length = len(paths.home(self.domid)) + 1 if paths.is_relative(path) else 0
         watch = Watch(self, name, token, depth, prefix_length)
         if not watch.fits(name):
-            raise XsError(
-                XsErrno.E2BIG, f"no event has room for a token of {len(token)} characters on {name}"
-            )
+            raise XsError(XsErrno.E2BIG, f"no event has room for a token of {len(token)} characters on {name}")
         if (name, token) in self.watches:
             raise XsError(XsErrno.EEXIST, f"{name} is watched with token {shown(token)} already")
         limit = self._store.quota.watches

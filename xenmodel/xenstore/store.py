@@ -308,8 +308,7 @@ class Store:
     def _may_know(self, domid: Domid, node: Node | None, above: Node | None) -> bool:
         """False for a node that is not there: one that came and went in one transaction is no event."""
         return node is not None and any(
-            each is not None and granted(self.tree.live_perms(each), domid) & MAY_READ
-            for each in (node, above)
+            each is not None and granted(self.tree.live_perms(each), domid) & MAY_READ for each in (node, above)
         )
 
     def _fire_special(self, name: str, domid: Domid) -> None:

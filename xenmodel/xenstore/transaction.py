@@ -150,9 +150,7 @@ class View:
         children: dict[str, None] = {child: None} if child else {}
         self.put(path, Node(value, perms, self.tree.tick(), children, len(child) + 1 if child else 0))
 
-    def change(
-        self, path: str, node: Node, value: bytes | None = None, perms: tuple[Perm, ...] | None = None
-    ) -> None:
+    def change(self, path: str, node: Node, value: bytes | None = None, perms: tuple[Perm, ...] | None = None) -> None:
         self.put(
             path,
             Node(

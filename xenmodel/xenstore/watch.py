@@ -90,9 +90,8 @@ class EventQueue:
     def push(self, watch: Watch, path: str) -> None:
         if path not in watch.pending and (len(watch.pending) >= EVENTS_PER_WATCH or not watch.fits(path)):
             path = watch.path
-        if path not in watch.pending:
-            watch.pending.add(path)
-            self._events[watch, path] = None
+        watch.pending.add(path)
+        self._events[watch, path] = None  # keeps its place if it is there
 
     def pop(self) -> tuple[Watch, str] | None:
         if not self._events:

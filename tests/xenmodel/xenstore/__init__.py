@@ -89,7 +89,7 @@ class World:
         match operation, arguments:
             case "start", [name]:
                 self.transactions[name] = connection.transaction_start()
-            case ("commit" | "abort"), [name]:
+            case (("commit" | "abort"), [name]):
                 connection.transaction_end(self.transactions[name], operation == "commit")
             case "watch", [path, token, *depth]:
                 connection.watch(path, token, int(depth[0]) if depth else None)
@@ -104,7 +104,7 @@ class World:
                 while connection.dispatch():
                     pass
                 return " ".join(self.delivered) or "none"
-            case ("introduce" | "release" | "shutdown"), [domid]:
+            case (("introduce" | "release" | "shutdown"), [domid]):
                 getattr(self.store, operation)(Domid(int(domid)))
             case "introduced", [domid]:
                 return "yes" if connection.is_introduced(Domid(int(domid))) else "no"

@@ -19,12 +19,12 @@ from xenmodel.xenstore.store import Store
 
 QUOTA = Quota(nodes=5, watches=3, transactions=2, node_permissions=2, transaction_nodes=7)
 
-PATHS = st.sampled_from(["/", "/a", "/a/b", "/a/b/c", "/a/d", "/a/d/e", "/g", "/g/x", "/g/x/y"])
-USERS = st.sampled_from(["0", "1", "1b", "2"])
+PATHS = st.sampled_from(["/a/b", "/g", "/g/x", "/g/y", "/a", "/g/x/y", "/a/b/c", "/"])
+USERS = st.sampled_from(["0", "0b", "1", "1b", "2"])
 PERMS = st.lists(st.sampled_from(["n0", "r0", "b0", "n1", "r1", "b1", "w1", "n2", "b2"]), min_size=1, max_size=3)
 VALUES = st.sampled_from([b"", b"x", b"yy"])
 TOKENS = st.sampled_from(["s", "t"])
-TX = st.integers(0, 3)  # 0: none, otherwise the n-th one of that connection, if there is one
+TX = st.sampled_from([0, 1, 1, 2])  # 0: none, otherwise the n-th one of that connection, if there is one
 
 
 class Entry(NamedTuple):
@@ -100,7 +100,11 @@ class Model:
 
     def find(self, domid: int, tx: Snapshot | None, path: str, letters: str) -> Entry | None:
         found = self.look(domid, tx, path)
-        if found and may(found.perms, domid, letters[0]) and (letters != "wo" or owner(found.perms) == domid or not domid):
+        if (
+            found
+            and may(found.perms, domid, letters[0])
+            and (letters != "wo" or owner(found.perms) == domid or not domid)
+        ):
             return found
         closest, at = None, path
         while closest is None and at != "/":
@@ -256,13 +260,14 @@ class StoreAgainstModel(RuleBasedStateMachine):
         self.users: dict[str, Connection] = {}
         self.tx: dict[str, list[tuple[int, Snapshot]]] = {}
         self.events: dict[str, list[tuple[str, str]]] = {}
-        for user in ("0", "1", "1b", "2"):
+        for user in ("0", "0b", "1", "1b", "2"):
             self.connect(user)
-        for domid in ("1", "2"):  # room for guests, or they would be refused nearly everything
-            for path in ("/g", "/a/d"):
-                self.change("0", path, 0, lambda c, p, t: c.mkdir(p, t), lambda m, d, p, t: m.write(d, t, p, None))
-        for path, perms in (("/g", ("n1", "b2")), ("/a/d", ("r2", "w1")), ("/a", ("r0",))):
-            self.chmod("0", path, list(perms), 0)
+        # Room for guests, or they would be refused nearly everything.
+        for path, perms in (("/g/x", ["b0"]), ("/g", ["n1", "b2"]), ("/a/b", ["r2", "w1"]), ("/a", ["r0"])):
+            self.mkdir("0", path, 0)
+            self.chmod("0", path, perms, 0)
+        for user in self.users:
+            self.start(user)
 
     def connect(self, user: str) -> None:
         connection = self.users[user] = self.store.connect(Domid(int(user[0])))
@@ -291,9 +296,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     @rule(user=USERS, path=PATHS, value=VALUES, which=TX)
     def write(self, user: str, path: str, value: bytes, which: int) -> None:
-        self.change(
-            user, path, which, lambda c, p, t: c.write(p, value, t), lambda m, d, p, t: m.write(d, t, p, value)
-        )
+        self.change(user, path, which, lambda c, p, t: c.write(p, value, t), lambda m, d, p, t: m.write(d, t, p, value))
 
     @rule(user=USERS, path=PATHS, which=TX)
     def mkdir(self, user: str, path: str, which: int) -> None:
@@ -337,7 +340,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
         self.model.open.append(snapshot)
         self.tx[user].append((tx, snapshot))
 
-    @rule(user=USERS, which=st.integers(1, 3), commit=st.sampled_from([True, True, True, False]))
+    @rule(user=USERS, which=st.integers(1, 2), commit=st.sampled_from([True, True, True, False]))
     def end(self, user: str, which: int, commit: bool) -> None:
         tx, snapshot = self.pick(user, which)
         if snapshot is None:
@@ -351,6 +354,8 @@ class StoreAgainstModel(RuleBasedStateMachine):
             lambda c, p, t: c.transaction_end(tx, commit),
             lambda m, d, p, t: m.commit(d, snapshot) if commit else None,
         )
+        if not self.tx[user]:
+            self.start(user)
 
     @rule(user=USERS, path=PATHS, token=TOKENS)
     def watch(self, user: str, path: str, token: str) -> None:
@@ -395,6 +400,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
         for user in users:
             assert self.users[user].closed
             self.connect(user)
+            self.start(user)
 
     @invariant()
     def agree(self) -> None:
@@ -415,5 +421,5 @@ class StoreAgainstModel(RuleBasedStateMachine):
         assert owned == len(self.store.tree.nodes)
 
 
-StoreAgainstModel.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+StoreAgainstModel.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestStoreAgainstModel = StoreAgainstModel.TestCase

@@ -206,6 +206,15 @@ SCRIPTS = {
         0.t read /d -> ""
         0 read /d -> again
     """,
+    "a directory stays shared however often it is written": """
+        0 write /d/a 1
+        0 start t
+        0 write /d one
+        0 write /d two
+        0 write /d/b 1
+        0.t ls /d -> a
+        0.t read /d -> ""
+    """,
     "rules hold inside": """
         1 start t
         1.t write name evil -> EACCES
@@ -264,6 +273,17 @@ SCRIPTS = {
         0b write /a/x 6
         0 commit t -> EAGAIN
         0 events -> /a/x:tok
+    """,
+    "a node written and then removed with its parent is told under both": """
+        0 write /a/x 1
+        0 write /a/y 1
+        0 watch /a tok
+        0 events -> /a:tok
+        0 start t
+        0.t write /a/x 2
+        0.t rm /a
+        0 commit t
+        0 events -> /a/x:tok /a:tok
     """,
     "events of a removal in a commit": """
         0 write /a/x/y 1
