@@ -80,12 +80,18 @@ class Blkfront(Frontend):
         self.on_change: Callable[[], None] = lambda: None  # connected, resized, or gone
         self._turn = 0
         self._deferred = False
+        self._draining = False  # closing, once the backend has answered what it has
 
     # --- for the consumer --------------------------------------------------------------------------------------------
 
     @property
     def readonly(self) -> bool:
         return bool(self.info & VDISK_READONLY)
+
+    @property
+    def busy(self) -> bool:
+        """Are requests on a ring?"""
+        return any(queue.ring.free < queue.ring.size for queue in self.queues)
 
     def take(self, length: int) -> Command | None:
         """A command with room for `length` bytes (at most LARGE_BYTES), or None: come back after a completion."""
@@ -115,7 +121,7 @@ class Blkfront(Frontend):
     def _publish(self) -> None:
         """Put what waits on the rings, and tell the backend once."""
         self._deferred = False
-        if self.state is not XenbusState.Connected:
+        if self.state is not XenbusState.Connected or self._draining:
             if self.gone or self.broken:
                 self._fail_waiting()
             return
@@ -142,6 +148,8 @@ class Blkfront(Frontend):
 
     def _completed(self, command: Command) -> None:
         self.on_complete(command)
+        if self._draining and not self.busy:
+            self.domain.hypervisor.defer(self.drained)
         if self.waiting and not self._deferred:
             self._deferred = True
             self.domain.hypervisor.defer(self._publish)
@@ -254,7 +262,14 @@ class Blkfront(Frontend):
     # --- closing ---------------------------------------------------------------------------------------------------
 
     def disconnect(self) -> bool:
-        """Take back rings, ports and pages; what was on the rings waits again, in the order it was submitted."""
+        """Take back rings, ports and pages; what was on the rings waits again, in the order it was submitted.
+
+        A backend that is only Closing still answers: let it, unless it broke the rules.
+        """
+        if not self.broken and self.busy and self.peer_state() is XenbusState.Closing:
+            self._draining = True
+            return False
+        self._draining = False
         inflight: list[Command] = []
         for queue in self.queues:
             inflight += queue.stop()
@@ -288,6 +303,6 @@ class Blkfront(Frontend):
             self.on_change()
 
     def stop(self) -> None:
-        self.gone = True
+        self.broken = self.broken or "the device was removed"
         super().stop()
         self.removed()

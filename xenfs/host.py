@@ -205,7 +205,7 @@ class World:
     async def drain(self, timeout_s: float) -> bool:
         """Wait until no request is under way; False if the time was not enough."""
         with trio.move_on_after(timeout_s):
-            while any(front.waiting or any(q.ring.free < q.ring.size for q in front.queues) for _, front in self.fronts()):
+            while any(front.waiting or front.busy for _, front in self.fronts()):
                 self.run_until_quiet()
                 await trio.sleep(0.005)
             return True

@@ -14,7 +14,7 @@ Whatever a device acquires (grants, ports, watches, mappings) goes on its undo s
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from xenmodel.domain import Domain
 from xenmodel.public.errno import XEN_EINVAL
@@ -72,10 +72,8 @@ class XenbusDevice:
         if self.broken is None:
             self.broken = str(fault)
             relative = self.node.removeprefix(f"/local/domain/{self.domain.domid}/")
-            try:
+            with suppress(XsError):  # the store may refuse (quota); the device is closed all the same
                 self.client.write(f"/local/domain/{self.domain.domid}/error/{relative}/error", f"{XEN_EINVAL} {fault}")
-            except XsError:
-                pass  # the store may refuse (quota); the device is closed all the same
             self.switch_state(S.Closing)
         self.finish_closing()
 
@@ -99,11 +97,8 @@ class XenbusDevice:
             if self.client.read(f"{self.node}/state", tx) not in (None, str(int(state))):
                 self.client.write(f"{self.node}/state", int(state), tx)
 
-        self._in_store(lambda: self.client.transact(work))
-
-    def _in_store(self, action: object) -> None:
         try:
-            action()  # type: ignore[operator]
+            self.client.transact(work)
         except XsError as error:
             self.broken = self.broken or f"the store refused: {error}"
 

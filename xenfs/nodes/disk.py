@@ -203,7 +203,7 @@ class Disk(Node):
     def _retry(self) -> None:
         """Start what can start, first come first served."""
         while self.backlog:
-            unique, length, span, start = self.backlog[0]
+            _, length, span, start = self.backlog[0]
             if span is not None and self._is_locked(*span):
                 return
             command = self.front.take(length)
