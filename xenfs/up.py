@@ -42,7 +42,7 @@ def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None
             world.settle()
         world.check_connected()
         if not set_io_flusher():
-            log.info("not permitted to be an IO flusher: do not write through a loop device on this mount under memory pressure")
+            log.info("not permitted to be an IO flusher (see docs/deadlocks.md)")
         mounted = mount(mountpoint, fsname="xenfs", allow_other=os.geteuid() == 0 if allow_other is None else allow_other)
         try:
             trio.run(_serve, world, mounted)
