@@ -20,6 +20,7 @@ SMALL_BYTES = 64 * 1024
 LARGE_BYTES = 1024 * 1024  # 256 segments, FUSE's largest request
 SMALL_COMMANDS = 32
 LARGE_COMMANDS = 8
+MEMORY_SHARE = 4  # a pool takes at most a quarter of a small guest's memory
 
 
 class Where(enum.Enum):
@@ -80,6 +81,8 @@ class Pool:
     """The free commands of one size. `most_used` is the high-water mark."""
 
     def __init__(self, domain: Domain, capacity: int, count: int) -> None:
+        pages = capacity // PAGE_SIZE + 1
+        count = max(1, min(count, domain.memory.pages // MEMORY_SHARE // pages))
         self.domain = domain
         self.capacity = capacity
         self.commands: list[Command] = []

@@ -6,15 +6,12 @@ backend/KIND/DOMID/ID). A directory that a toolstack made becomes a driver; one 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 
 from xenmodel.domain import Domain
-from xenmodel.types import PeerFault
-from xenmodel.xenbus import XenbusDevice
+from xenmodel.types import OutOfResources, PeerFault
+from xenmodel.xenbus import XenbusDevice, report_error
 from xenmodel.xenstore.client import Client
-
-log = logging.getLogger("xenfs.xenbus")
 
 Make = Callable[[Domain, Client, str, str, int], XenbusDevice]
 MOST_DEVICES = 1024  # of one tree; a store that lists more is not believed
@@ -70,8 +67,8 @@ class Probe:
                 device = make(
                     self.domain, self.client, node, peer, self.client.read_int(f"{node}/{self.peer_key}-id", 0)
                 )
-            except PeerFault as fault:
-                log.error("%s: %s", node, fault)
+            except (PeerFault, OutOfResources) as fault:
+                report_error(self.client, self.domain.domid, node, fault)
                 return
             self.devices[node] = device
             self.added(device)

@@ -34,7 +34,7 @@ from xenmodel.public.grant_table import (
     GTF_type_mask,
     GTF_writing,
 )
-from xenmodel.types import PAGE_SIZE, Domid, Gref, Pfn
+from xenmodel.types import PAGE_SIZE, Domid, Gref, OutOfResources, Pfn
 
 ENTRIES_PER_FRAME = 512  # 8-byte entries
 RESERVED_REFS = 8  # GNTTAB_NR_RESERVED_ENTRIES: 0 console, 1 xenstore
@@ -44,7 +44,7 @@ DEFAULT_MAX_MAPTRACK_FRAMES = 1024  # gnttab_max_maptrack_frames
 MAPTRACK_PER_FRAME = 256  # 16-byte struct grant_mapping
 
 
-class GrantTableFull(Exception):
+class GrantTableFull(OutOfResources):
     """No free reference is left and the table may not grow: raise max_grant_frames."""
 
 

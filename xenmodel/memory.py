@@ -16,10 +16,10 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from xenmodel.types import PAGE_SIZE, Pfn
+from xenmodel.types import PAGE_SIZE, OutOfResources, Pfn
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(OutOfResources):
     """The guest has no run of free frames of that length."""
 
 

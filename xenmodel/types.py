@@ -16,5 +16,9 @@ PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT  # ring.h: protocol pages are 4096 bytes whatever the host's page size
 
 
+class OutOfResources(Exception):
+    """A domain has run out of something of its own (frames, grant references): what wanted it fails, nothing else."""
+
+
 class PeerFault(Exception):
     """The other end broke the protocol: its device is closed with this text in its `error` node, nobody else's."""

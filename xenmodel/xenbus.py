@@ -19,11 +19,18 @@ from contextlib import ExitStack, suppress
 from xenmodel.domain import Domain
 from xenmodel.public.errno import XEN_EINVAL
 from xenmodel.public.io.xenbus import XenbusState
-from xenmodel.types import Domid, PeerFault
+from xenmodel.types import Domid, OutOfResources, PeerFault
 from xenmodel.xenstore.client import Client
 from xenmodel.xenstore.errors import XsError
 
 S = XenbusState
+
+
+def report_error(client: Client, domid: int, node: str, fault: Exception) -> None:
+    """What xenbus_dev_fatal() writes: `error/NODE/error` in the domain's home. The store may refuse it (quota)."""
+    relative = node.removeprefix(f"/local/domain/{domid}/")
+    with suppress(XsError):
+        client.write(f"/local/domain/{domid}/error/{relative}/error", f"{XEN_EINVAL} {fault}")
 
 
 class XenbusDevice:
@@ -67,13 +74,11 @@ class XenbusDevice:
             self._watch = None
         self.disconnect()
 
-    def fail(self, fault: PeerFault) -> None:
-        """The peer broke the rules: say so in `error`, close this device, and nothing else."""
+    def fail(self, fault: PeerFault | OutOfResources) -> None:
+        """The peer broke the rules, or we cannot go on: say so in `error`, close this device, and nothing else."""
         if self.broken is None:
             self.broken = str(fault)
-            relative = self.node.removeprefix(f"/local/domain/{self.domain.domid}/")
-            with suppress(XsError):  # the store may refuse (quota); the device is closed all the same
-                self.client.write(f"/local/domain/{self.domain.domid}/error/{relative}/error", f"{XEN_EINVAL} {fault}")
+            report_error(self.client, self.domain.domid, self.node, fault)
             self.switch_state(S.Closing)
         self.finish_closing()
 
@@ -114,7 +119,7 @@ class XenbusDevice:
             action = self.when_peer_is.get(self.peer_state())
             if action is not None:
                 getattr(self, action)()
-        except PeerFault as fault:
+        except (PeerFault, OutOfResources) as fault:
             self.fail(fault)
 
 

@@ -134,7 +134,7 @@ class Connection:
             raise XsError(XsErrno.EEXIST, f"{name} is watched with token {shown(token)} already")
         limit = self._store.quota.watches
         if self.domid != CONTROL_DOMAIN and exceeds(self._store.usage(self.domid).watches + 1, limit):
-            # ENOSPC since Xen 4.18; E2BIG before.
+            # Older daemons answered E2BIG here.
             raise XsError(XsErrno.ENOSPC, f"domain {self.domid} has {limit} watches")
         self.watches[name, token] = watch
         self._store.watches.add(watch)

@@ -83,9 +83,7 @@ def test_permissions_can_be_set(pair: Pair) -> None:
     assert pair.peer.get_perms("/local/domain/1/d") == perms
 
 
-@pytest.mark.parametrize(
-    ("value", "number"), [(b"0", 0), (b"4294967295", 2**32 - 1), (b"007", 7), (b"0" * 19 + b"5", 5)]
-)
+@pytest.mark.parametrize(("value", "number"), [(b"0", 0), (b"4294967295", 2**32 - 1), (b"007", 7), (b"0" * 19 + b"5", 5)])
 def test_numbers(pair: Pair, value: bytes, number: int) -> None:
     pair.peer_writes(value)
     assert pair.client.read_int("d/key", -1) == number
@@ -116,7 +114,7 @@ def test_numbers(pair: Pair, value: bytes, number: int) -> None:
 )
 def test_what_is_not_a_number_is_the_peers_fault(pair: Pair, value: bytes) -> None:
     pair.peer_writes(value)
-    with pytest.raises(PeerFault, match="^d/key is ") as caught:
+    with pytest.raises(PeerFault, match=r"^d/key is ") as caught:
         pair.client.read_int("d/key", 0)
     assert len(str(caught.value)) < 200
 

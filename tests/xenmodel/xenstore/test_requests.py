@@ -261,9 +261,7 @@ def test_directory_part_pages_through_a_list_of_any_length() -> None:
     assert control.directory_part("/d", 0)[0] not in generations
 
 
-@pytest.mark.parametrize(
-    ("offset", "chunk"), [(0, b"a\0bc\0\0"), (1, b"\0bc\0\0"), (2, b"bc\0\0"), (5, b"\0"), (99, b"\0")]
-)
+@pytest.mark.parametrize(("offset", "chunk"), [(0, b"a\0bc\0\0"), (1, b"\0bc\0\0"), (2, b"bc\0\0"), (5, b"\0"), (99, b"\0")])
 def test_directory_part_offsets(offset: int, chunk: bytes) -> None:
     control = Store().connect(Domid(0))
     control.mkdir("/d/a")
