@@ -6,7 +6,6 @@ thrown away. What a disk costs beyond this is the rings, grants, events and the 
 
 from __future__ import annotations
 
-import os
 import signal
 import stat
 import sys
@@ -50,7 +49,7 @@ async def _serve(mounted: Mount) -> None:
             print("ready", flush=True)
             async for _ in signals:
                 break
-            await trio.to_thread.run_sync(mounted.unmount)
+            await trio.to_thread.run_sync(mounted.detach)
         nursery.cancel_scope.cancel()
 
 
@@ -60,7 +59,6 @@ def main() -> None:
         trio.run(_serve, mounted)
     finally:
         mounted.unmount()
-        os.close(mounted.fd)
 
 
 if __name__ == "__main__":

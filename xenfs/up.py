@@ -1,7 +1,7 @@
 """up.py: `xenfs up`: build the world, mount it, serve until a signal, take everything down again.
 
-Order at the end: unmount first, so that nothing new comes; serve what clients still hold; flush every disk; close the
-devices; destroy the domains. Whatever fails on the way, the rest is still done.
+Order at the end: detach the mount, so that nothing new comes; finish what clients have under way; flush every disk; close
+the devices; destroy the domains. Whatever fails on the way, the rest is still done.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import trio
 
@@ -48,8 +48,6 @@ def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None
             trio.run(_serve, world, mounted)
         finally:
             mounted.unmount()
-            if mounted.fd >= 0:
-                os.close(mounted.fd)
     finally:
         world.close()
 
@@ -57,27 +55,34 @@ def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None
 async def _serve(world: World, mounted: Mount) -> None:
     session = Session(world.root, sender(mounted.fd), os.geteuid(), os.getegid())
     server = Server(mounted.fd, session, world.kick)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_run_server, server, nursery.cancel_scope)
-        nursery.start_soon(world.reap_workers)
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+    stop = trio.Event()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_serve_until_unmounted, server, stop)
+            nursery.start_soon(world.reap_workers)
+            nursery.start_soon(_obey, signals, world, stop)
             say("ready")
-            async for number in signals:
-                if number != signal.SIGHUP:
-                    break
-                world.refresh_images()
+            await stop.wait()
             await _finish(world, mounted)
-        nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
 
 
-async def _run_server(server: Server, scope: trio.CancelScope) -> None:
+async def _serve_until_unmounted(server: Server, stop: trio.Event) -> None:
     await server.run()
-    scope.cancel()  # somebody unmounted us: nothing is left to serve
+    stop.set()  # somebody unmounted us: nothing is left to serve, but there is something to flush
+
+
+async def _obey(signals: AsyncIterator[int], world: World, stop: trio.Event) -> None:
+    async for number in signals:
+        if number == signal.SIGHUP:
+            world.refresh_images()
+        else:
+            stop.set()
 
 
 async def _finish(world: World, mounted: Mount) -> None:
-    """Unmount (in a thread: the kernel may ask us something meanwhile), finish what is under way, flush."""
-    await trio.to_thread.run_sync(mounted.unmount)
+    """Take the mount away (in a thread: the kernel may ask us something), finish what is under way, flush."""
+    await trio.to_thread.run_sync(mounted.detach)
     if not await world.drain(DRAIN_S):
         log.warning("requests were still under way after %g s", DRAIN_S)
     flushed = 0

@@ -57,6 +57,17 @@ class Mount:
     fd: int
     mountpoint: str
     device: str  # major:minor of the superblock, as /proc/self/mountinfo has it
+    detached: bool = False
+
+    def detach(self) -> None:
+        """Take the mount out of the name space and go on serving who has something open; then unmount().
+
+        Called from a thread: the kernel may ask the server things meanwhile.
+        """
+        entry = _top_mount(self.mountpoint)
+        if not self.detached and entry is not None and entry.device == self.device:
+            self.detached = True
+            _detach(self.mountpoint)
 
     def unmount(self) -> None:
         """End it; again is harmless. The caller has stopped waiting on `fd` and closed its clones before.
@@ -69,7 +80,7 @@ class Mount:
         ended = _connection_ended(self.fd)
         os.close(self.fd)
         self.fd = -1
-        entry = _top_mount(self.mountpoint)
+        entry = None if self.detached else _top_mount(self.mountpoint)
         if entry is None or entry.device != self.device:
             return  # someone unmounted it, and may have mounted something else there
         if ended and _look(self.mountpoint).error != errno.ENOTCONN:
