@@ -156,12 +156,16 @@ class Toolstack:
         self.client.write(f"{back}/hotplug-status", "connected")
 
     def detach_disk(self, domid: int, ident: int, done: Callable[[], None] = lambda: None) -> None:
-        """Hot-unplug: ask the backend side to close, remove all three directories when it has."""
+        """Hot-unplug: ask the backend side to close, remove all three directories when it has.
+
+        A backend that is Closed already (it failed, or the guest closed the device) is not asked: it would not answer.
+        """
         back = f"/local/domain/0/backend/vbd/{domid}/{ident}"
 
         def ask(tx: int) -> None:
             self.client.write(f"{back}/online", 0, tx)
-            self.client.write(f"{back}/state", int(XenbusState.Closing), tx)
+            if self.client.read(f"{back}/state", tx) not in (None, str(int(XenbusState.Closed))):
+                self.client.write(f"{back}/state", int(XenbusState.Closing), tx)
 
         def closed(_path: str) -> None:
             if self.client.read(f"{back}/state") in (None, str(int(XenbusState.Closed))):

@@ -64,6 +64,7 @@ async def _serve(world: World, mounted: Mount) -> None:
             say("ready")
             await stop.wait()
             await _finish(world, mounted)
+            session.send = lambda _reply: None  # closing devices still notify; the descriptor may be reused
             nursery.cancel_scope.cancel()
 
 

@@ -94,15 +94,13 @@ class EventChannels:
         peer = self._lookup(self._self(remote_domid))
         if peer is None:
             return Port(-XEN_ESRCH)
+        if len(self.channels) >= NR_PORTS - 1:
+            return Port(-XEN_ENOSPC)  # before the peer's port is looked at, as in Xen
         remote = peer.channels.get(remote_port)
         if remote is None or remote.state is not State.UNBOUND or remote.remote_domid != self.domid:
             return Port(-XEN_EINVAL)
         local = Channel(State.INTERDOMAIN, peer.domid, handler)
         port = self._new(local)
-        if port < 0:
-            return port
-        if peer is self and port == remote_port:
-            raise AssertionError("a new port cannot be the one it binds to")
         local.remote_port, local.peer = remote_port, peer
         remote.state, remote.remote_port, remote.peer = State.INTERDOMAIN, port, self
         self._set_pending(port)  # the peer may have sent before we were there
@@ -260,16 +258,18 @@ class EventChannels:
             while bits:
                 due.append((word << 6) + (bits & -bits).bit_length() - 1)
                 bits &= bits - 1
-        while due and budget > 0:
-            port = due.pop(choose(len(due)) if choose is not None else 0)
-            channel = self.channels.get(port)
-            bit = 1 << (port & 63)
-            if not words[_PENDING + (port >> 6)] & ~words[_MASK + (port >> 6)] & bit:
-                continue  # an earlier handler closed or masked it
-            words[_PENDING + (port >> 6)] &= ~bit
-            if channel is not None and channel.handler is not None:
-                budget -= 1
-                channel.notified += 1
-                channel.handler(Port(port))
-        for port in due:
-            self._notify(port >> 6)
+        try:
+            while due and budget > 0:
+                port = due.pop(choose(len(due)) if choose is not None else 0)
+                channel = self.channels.get(port)
+                bit = 1 << (port & 63)
+                if not words[_PENDING + (port >> 6)] & ~words[_MASK + (port >> 6)] & bit:
+                    continue  # an earlier handler closed or masked it
+                words[_PENDING + (port >> 6)] &= ~bit
+                if channel is not None and channel.handler is not None:
+                    budget -= 1
+                    channel.notified += 1
+                    channel.handler(Port(port))
+        finally:  # also when a handler raised: that is its owner's bug, and the others still get their events
+            for port in due:
+                self._notify(port >> 6)

@@ -28,12 +28,15 @@ from xenmodel.public.grant_table import (
     GNTST_general_error,
     GNTST_no_device_space,
     GNTST_okay,
+    GNTST_permission_denied,
     GTF_permit_access,
     GTF_reading,
     GTF_readonly,
+    GTF_sub_page,
     GTF_type_mask,
     GTF_writing,
 )
+from xenmodel.public.xen import DOMID_SELF
 from xenmodel.types import PAGE_SIZE, Domid, Gref, OutOfResources, Pfn
 
 ENTRIES_PER_FRAME = 512  # 8-byte entries
@@ -141,18 +144,23 @@ class GrantTable:
 
     # --- Xen's half ------------------------------------------------------------------------------------------------
 
-    def pin(self, ref: int, by: Domid, readonly: bool) -> tuple[int, Active | None]:
-        """Check an entry for `by` and count one more use of it; (GNTST_okay, active) or (an error status, None)."""
+    def pin(self, ref: int, by: Domid, readonly: bool, mapping: bool = True) -> tuple[int, Active | None]:
+        """Check an entry for `by` and count one more use of it; (GNTST_okay, active) or (an error status, None).
+
+        `mapping` is False for a copy, which may use an entry that says sub_page."""
         if not 0 <= ref < len(self):
             return GNTST_bad_gntref, None
         words, i = self._frames[ref >> 9], (ref & 511) << 1
         active = self.active.get(ref)
-        if active is not None and (active.domid != by or active.readers >= MAX_PINS or active.writers >= MAX_PINS):
-            return GNTST_general_error, None
-        if active is None or (not readonly and not active.writers):
+        if active is not None:
+            pins = active.readers if readonly else active.writers
+            if active.domid != by or pins >= MAX_PINS:
+                return GNTST_general_error, None
+        if fresh := active is None or (not readonly and not active.writers):
             header = words[i]  # read once: the guest may be changing it
             flags = header & 0xFFFF
-            if flags & GTF_type_mask != GTF_permit_access or header >> 16 != by:
+            mask = GTF_type_mask | GTF_sub_page if mapping else GTF_type_mask
+            if flags & mask != GTF_permit_access or header >> 16 != by:
                 return GNTST_general_error, None
             if not readonly and flags & GTF_readonly:
                 return GNTST_general_error, None
@@ -163,10 +171,10 @@ class GrantTable:
             self.active[ref] = active
         if readonly:
             active.readers += 1
-            words[i] |= GTF_reading
         else:
             active.writers += 1
-            words[i] |= GTF_reading | GTF_writing
+        if fresh:
+            words[i] |= GTF_reading if readonly else GTF_reading | GTF_writing
         return GNTST_okay, active
 
     def unpin(self, ref: int, readonly: bool) -> None:
@@ -201,7 +209,9 @@ class Mapping:
 
 
 class CopyPtr(NamedTuple):
-    """One side of a gnttab_copy: a granted frame (`ref` of `domid`), or with ref None the caller's own frame `pfn`."""
+    """One side of a gnttab_copy: a granted frame (`ref` of `domid`), or with ref None the caller's own frame `pfn`.
+
+    As in Xen, `domid` may be DOMID_SELF, and must be the caller where there is no ref."""
 
     offset: int
     domid: Domid
@@ -262,35 +272,39 @@ class MapTrack:
             self.unmap(handle)
 
     def copy(self, source: CopyPtr, dest: CopyPtr, length: int) -> int:
-        """gnttab_copy of one segment: within one page on each side. A length of 0 asks for nothing and gets GNTST_okay."""
+        """gnttab_copy of one segment: within one page on each side. A length of 0 asks for nothing and gets GNTST_okay.
+
+        What is wrong is found in Xen's order: domains, source, destination, and the page boundary last."""
         if length == 0:
             return GNTST_okay
+        tables: list[GrantTable] = []
         for side in (source, dest):
-            if side.offset < 0 or length < 0 or side.offset + length > PAGE_SIZE:
-                return GNTST_bad_copy_arg
-        status, data = self._copy_side(source, readonly=True)
+            domid = self.domid if side.domid == DOMID_SELF else side.domid
+            if side.ref is None and domid != self.domid:
+                return GNTST_permission_denied
+            table = self.lookup(domid)
+            if table is None:
+                return GNTST_bad_domain
+            tables.append(table)
+        status, data = self._copy_side(tables[0], source, readonly=True)
         if data is None:
             return status
-        status, target = self._copy_side(dest, readonly=False)
+        status, target = self._copy_side(tables[1], dest, readonly=False)
         if target is not None:
-            target[dest.offset : dest.offset + length] = data[source.offset : source.offset + length]
-            self._copy_done(dest, readonly=False)
-        self._copy_done(source, readonly=True)
+            if min(length, source.offset, dest.offset) < 0 or max(source.offset, dest.offset) + length > PAGE_SIZE:
+                status = GNTST_bad_copy_arg
+            else:
+                target[dest.offset : dest.offset + length] = data[source.offset : source.offset + length]
+            if dest.ref is not None:
+                tables[1].unpin(dest.ref, readonly=False)
+        if source.ref is not None:
+            tables[0].unpin(source.ref, readonly=True)
         return status
 
-    def _copy_side(self, side: CopyPtr, readonly: bool) -> tuple[int, memoryview | None]:
+    def _copy_side(self, table: GrantTable, side: CopyPtr, readonly: bool) -> tuple[int, memoryview | None]:
         if side.ref is None:
             if not 0 <= side.pfn < self.memory.pages:
                 return GNTST_bad_page, None
             return GNTST_okay, self.memory.run(Pfn(side.pfn))
-        table = self.lookup(side.domid)
-        if table is None:
-            return GNTST_bad_domain, None
-        status, active = table.pin(side.ref, self.domid, readonly)
+        status, active = table.pin(side.ref, self.domid, readonly, mapping=False)
         return status, None if active is None else table.memory.run(Pfn(active.pfn))
-
-    def _copy_done(self, side: CopyPtr, readonly: bool) -> None:
-        if side.ref is not None:
-            table = self.lookup(side.domid)
-            assert table is not None, f"domain {side.domid} cannot vanish within one copy"
-            table.unpin(side.ref, readonly)

@@ -30,7 +30,7 @@ class GuestMemory:
         if pages <= 0:
             raise ValueError(f"a domain needs at least one page of memory, not {pages}")
         self.pages = pages
-        self.fd = os.memfd_create(f"xen-{name}"[:240], os.MFD_CLOEXEC)
+        self.fd = os.memfd_create(f"xen-{name}".encode()[:240], os.MFD_CLOEXEC)
         os.ftruncate(self.fd, pages * PAGE_SIZE)
         self._map = mmap.mmap(self.fd, pages * PAGE_SIZE, mmap.MAP_SHARED)
         self.view = memoryview(self._map)
@@ -44,6 +44,7 @@ class GuestMemory:
 
     def allocate(self, count: int = 1) -> Pfn:
         """First-fit: a run of `count` free frames, all zero. OutOfMemory if there is none."""
+        assert count > 0, f"{count} frames are no run"
         for i, (first, length) in enumerate(self._free):
             if length >= count:
                 if length == count:
@@ -55,6 +56,8 @@ class GuestMemory:
 
     def release(self, pfn: Pfn, count: int = 1) -> None:
         """Give frames back; the host gets the memory, and the next owner reads zeroes."""
+        assert count > 0, f"{count} frames are no run"
+        assert 0 <= pfn <= self.pages - count, f"frames {pfn}..{pfn + count} are outside 0..{self.pages}"
         self._map.madvise(mmap.MADV_REMOVE, pfn * PAGE_SIZE, count * PAGE_SIZE)
         first, end = int(pfn), pfn + count
         at = next((i for i, (start, _) in enumerate(self._free) if start >= first), len(self._free))
@@ -100,6 +103,7 @@ def vmap(frames: Sequence[Frame]) -> memoryview:
     """One contiguous writable view of frames that need not be contiguous (a multi-page ring), as Linux's vmap() gives.
 
     Neighbours in one domain are a plain slice; scattered ones are mapped side by side for as long as the view lives.
+    IndexError if a frame is outside its domain's memory, for touching what lies beyond the memfd would be SIGBUS.
     """
     first = frames[0]
     if all(f.memory is first.memory and f.pfn == first.pfn + i for i, f in enumerate(frames)):
@@ -108,6 +112,7 @@ def vmap(frames: Sequence[Frame]) -> memoryview:
     base = ctypes.addressof(ctypes.c_char.from_buffer(window))
     MAP_FIXED = 0x10  # replaces pages inside our own window, so it can hit nobody else's mapping
     for i, frame in enumerate(frames):
+        frame.memory.run(Pfn(frame.pfn))
         address = base + i * PAGE_SIZE
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         got = _libc.mmap(

@@ -98,12 +98,12 @@ class BackRing(_Ring):
         self.req_cons = self.rsp_prod_pvt = self.words[RSP_PROD]
 
     def requests(self) -> int:
-        """How many requests wait. PeerFault if the frontend overran the ring (XSA-155's companion: a producer jump)."""
-        prod = self.words[REQ_PROD]
-        if ((prod - self.rsp_prod_pvt) & U32) > self.size:
-            ahead = (prod - self.rsp_prod_pvt) & U32
+        """How many requests wait. PeerFault if req_prod overran the ring, or fell behind what was taken already."""
+        waiting = (self.words[REQ_PROD] - self.req_cons) & U32
+        if waiting > self.size - ((self.req_cons - self.rsp_prod_pvt) & U32):
+            ahead = (self.req_cons + waiting - self.rsp_prod_pvt) & U32
             raise PeerFault(f"req_prod is {ahead} ahead of the last response; the ring has {self.size} slots")
-        return (prod - self.req_cons) & U32
+        return waiting
 
     def next_request(self) -> int:
         """Offset of the next request; the caller has seen that there is one, and copies it before looking at it."""

@@ -74,7 +74,7 @@ class XenbusDevice:
             self._watch = None
         self.disconnect()
 
-    def fail(self, fault: PeerFault | OutOfResources) -> None:
+    def fail(self, fault: PeerFault | OutOfResources | XsError) -> None:
         """The peer broke the rules, or we cannot go on: say so in `error`, close this device, and nothing else."""
         if self.broken is None:
             self.broken = str(fault)
@@ -83,11 +83,10 @@ class XenbusDevice:
         self.finish_closing()
 
     def drained(self) -> None:
-        """A busy disconnect() has finished."""
+        """A busy disconnect() has finished: close, and see whether the device went away meanwhile."""
         if self.state is S.Closing:
             self.finish_closing()
-        else:
-            self.peer_changed()
+        self.peer_changed()
 
     def finish_closing(self) -> None:
         """Let go of everything, then say Closed; later, by way of drained(), if I/O is still under way."""
@@ -119,7 +118,7 @@ class XenbusDevice:
             action = self.when_peer_is.get(self.peer_state())
             if action is not None:
                 getattr(self, action)()
-        except (PeerFault, OutOfResources) as fault:
+        except (PeerFault, OutOfResources, XsError) as fault:
             self.fail(fault)
 
 
@@ -127,7 +126,7 @@ class Frontend(XenbusDevice):
     """A frontend's side of the handshake. Hooks: negotiate(), connect(), reconfigured(), disconnect(), removed()."""
 
     when_peer_is = {
-        S.Unknown: "_backend_gone",
+        S.Unknown: "_backend_closed",
         S.InitWait: "_talk_to_backend",
         S.Initialised: "_talk_to_backend",  # the backend skipped InitWait: same work
         S.Connected: "_go_live",
@@ -169,15 +168,12 @@ class Frontend(XenbusDevice):
             self.switch_state(S.Connected)
 
     def _backend_closed(self) -> None:
-        if self.state is S.Initialising or (self.state is S.Closed and not self._going_away()):
-            return
+        going_away = self._going_away()
+        if self.state in (S.Initialising, S.Closed) and not going_away:
+            return  # not there yet, or not there any more: it may come (back)
         self.finish_closing()
-        if self.state is S.Closed and self._going_away():
+        if self.state is S.Closed and going_away:
             self.removed()
-
-    def _backend_gone(self) -> None:
-        if self.state is not S.Initialising:
-            self._backend_closed()
 
     def _going_away(self) -> bool:
         """The toolstack takes the device away: `online` is 0, or our own directory is no longer there."""
@@ -207,6 +203,8 @@ class Backend(XenbusDevice):
         """Map the frontend's rings, publish the device's properties. Then we are Connected."""
 
     def _offer(self) -> None:
+        if self.state in (S.Connected, S.Closing):  # the frontend closed and began again before we looked
+            self.finish_closing()
         if self.state is S.Closed or (self.state is S.Initialising and self._watch is None):
             self.broken = None
             self.offer()

@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable
 from struct import Struct
 from struct import error as StructError
+from typing import Generic, TypeVar
 
 from xenfs.fuse import kernel as k
 from xenfs.fuse.tree import Node
@@ -30,8 +31,18 @@ NAME_MAX = 255
 # fuse_in_header followed by fuse_read_in / fuse_write_in
 _TRANSFER = Struct("<IIQQIIIHHQQIIQII")
 _NEGATIVE_TIMEOUT_S = 0
+_ZEROES = memoryview(bytes(MAX_WRITE))
+_NO_REPLY = frozenset({k.FUSE_FORGET, k.FUSE_BATCH_FORGET, k.FUSE_INTERRUPT})
 
 Buffers = list[bytes | bytearray | memoryview]
+T = TypeVar("T")
+
+
+class _Opened(dict[int, T], Generic[T]):
+    """What the kernel holds open. A handle that was never given out, or was released, is EBADF."""
+
+    def __missing__(self, handle: int) -> T:
+        raise OSError(errno.EBADF, "no such handle")
 
 
 class Session:
@@ -43,8 +54,8 @@ class Session:
         self.uid, self.gid = uid, gid
         self.nodes: dict[int, Node] = {k.FUSE_ROOT_ID: root}
         root.ino, root.links = k.FUSE_ROOT_ID, 1
-        self.handles: dict[int, Node] = {}
-        self.directories: dict[int, list[bytes]] = {}
+        self.handles: _Opened[Node] = _Opened()
+        self.directories: _Opened[list[bytes]] = _Opened()
         self._next_ino = k.FUSE_ROOT_ID + 1
         self._next_handle = 1
         self.header = bytearray(HEADER_BYTES)
@@ -68,29 +79,47 @@ class Session:
         (_, opcode, unique, ino, _, _, _, _, _, fh, offset, size, _, _, flags, _) = _TRANSFER.unpack_from(self.header)
         try:
             if opcode == k.FUSE_READ:
+                if length < HEADER_BYTES:
+                    raise OSError(errno.EINVAL, "short request")
                 self.handles[fh].read(self, unique, offset, size)
             elif opcode == k.FUSE_WRITE:
                 node = self.handles[fh]
                 if length != HEADER_BYTES + size:
                     raise OSError(errno.EIO, "a write of another length than it says")
-                node.write(self, unique, offset, size, flags)
-                self.writer = node
+                if node is self.writer:
+                    node.write(self, unique, offset, size, flags)
+                else:
+                    self._write_elsewhere(node, unique, offset, size, flags)
             else:
                 self._dispatch(opcode, unique, ino, self._body(length))
         except OSError as error:
-            self.send_error(unique, error.errno or errno.EIO)
-        except KeyError:
-            self.send_error(unique, errno.EBADF)
+            if opcode not in _NO_REPLY:
+                self.send_error(unique, error.errno or errno.EIO)
+
+    def _write_elsewhere(self, node: Node, unique: int, offset: int, size: int, flags: int) -> None:
+        """The guess was wrong: what landed in the pages of one guest's disk was meant for another's."""
+        try:
+            node.write(self, unique, offset, size, flags)
+        finally:
+            self._wipe(size)
+            self.writer = node
+
+    def _wipe(self, length: int) -> None:
+        """Take back what landed in a guest's pages and is none of its business."""
+        if self.landing is not self._scratch:
+            small, large = self.landing
+            first = min(length, SMALL_LANDING)
+            small[:first] = _ZEROES[:first]
+            large[: length - first] = _ZEROES[: length - first]
 
     def _body(self, length: int) -> bytes:
-        """What follows fuse_in_header; guest pages it may have landed in are wiped, for it is not the guest's business."""
+        """What follows fuse_in_header."""
         rest = max(0, length - HEADER_BYTES)
         small, large = self.landing
         body = bytes(self.header[k.IN_HEADER.size : min(length, HEADER_BYTES)])
         if rest:
             body += bytes(small[:rest]) + bytes(large[: max(0, rest - SMALL_LANDING)])
-            if self.landing is not self._scratch:
-                small[:rest] = bytes(min(rest, SMALL_LANDING))
+            self._wipe(rest)
         return body
 
     def _dispatch(self, opcode: int, unique: int, ino: int, body: bytes) -> None:
@@ -207,7 +236,9 @@ class Session:
         self.send_data(unique, [k.OPEN_OUT.pack(handle, opened.flags, 0)])
 
     def _release(self, unique: int, ino: int, body: bytes) -> None:
-        node = self.handles.pop(k.RELEASE_IN.unpack_from(body)[0])
+        fh = k.RELEASE_IN.unpack_from(body)[0]
+        node = self.handles[fh]
+        del self.handles[fh]
         if node is self.writer:
             self.writer, self.landing = None, self._scratch
         node.release()

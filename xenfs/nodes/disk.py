@@ -33,16 +33,22 @@ from xenmodel.public.io.xenbus import XenbusState
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 
-Steps = Generator[tuple[int, int, int], None, None]  # (operation, byte offset, length)
+# Yields (operation, byte offset, length); is sent the command when that is done, which may be another one by then: the
+# frontend replaces a command whose pages a backend never gave back.
+Steps = Generator[tuple[int, int, int], Command, Command]
 
 
 class Waiting(NamedTuple):
-    """A request that cannot start yet: it needs a command for `length` bytes, and `span` (if any) for itself."""
+    """A request that cannot start yet: it needs a command for `length` bytes, and nobody modifying `span` (if any).
+
+    `alone`: it modifies, so nobody may be writing there either.
+    """
 
     unique: int
     length: int
     span: tuple[int, int] | None
     start: Callable[[Command], None]
+    alone: bool = False
 
 
 class Disk(Node):
@@ -101,7 +107,7 @@ class Disk(Node):
         command.unique, command.size = unique, size
         command.context = self._read_done
         if not self.front.trusted:
-            command.view[: size + 4095 & ~4095] = bytes(size + 4095 & ~4095)
+            _cover(command, 0, size)
         self.front.submit(command, BLKIF_OP_READ, offset // SECTOR_SIZE, size)
 
     def _reply_read(self, command: Command) -> None:
@@ -121,7 +127,7 @@ class Disk(Node):
         if end > self.bytes:
             if offset >= self.bytes and size:
                 raise refuse(errno.ENOSPC)
-            end, size = self.bytes, self.bytes - offset
+            end, size = self.bytes, max(0, self.bytes - offset)
         if (offset | size) & self.block_mask or not size:
             self._slow_write(session, unique, offset, size)
             return
@@ -149,8 +155,8 @@ class Disk(Node):
     def _start_write(self, command: Command, unique: int, offset: int, size: int) -> None:
         command.unique, command.size = unique, size
         command.context = self._write_done
-        if not self.front.trusted and size & 4095:
-            command.view[size : size + 4095 & ~4095] = bytes(-size & 4095)
+        if not self.front.trusted:
+            _cover(command, size, size)
         self.front.submit(command, BLKIF_OP_WRITE, offset // SECTOR_SIZE, size)
 
     def _reply_written(self, command: Command) -> None:
@@ -203,9 +209,9 @@ class Disk(Node):
     def _retry(self) -> None:
         """Start what can start, first come first served."""
         while self.backlog:
-            _, length, span, start = self.backlog[0]
-            if span is not None and self._is_locked(*span):
-                return
+            _, length, span, start, alone = self.backlog[0]
+            if span is not None and (self._is_locked(*span) or (alone and self._is_written(*span))):
+                return  # whoever is there retries when it is done
             command = self.front.take(length)
             if command is None:
                 return
@@ -240,20 +246,17 @@ class Disk(Node):
         """Run `steps` with a command for `length` bytes, holding `span`; then reply, or EIO if a step failed."""
 
         def start(command: Command) -> None:
-            if span is not None and self._is_written(*span):
-                self.front.give(command)
-                self._park(Waiting(unique, length, span, start))
-                return
             if span is not None:
                 self.locked.append(span)
             todo = steps(command)
 
-            def step(_: Command) -> None:
+            def step(command: Command) -> None:
                 status = command.status
                 try:
                     if status:
                         raise refuse(errno.EOPNOTSUPP if status == BLKIF_RSP_EOPNOTSUPP else errno.EIO)
-                    op, offset, size = next(todo)
+                    # a generator that has not started takes no value
+                    op, offset, size = todo.send(command) if command.context is step else next(todo)
                 except StopIteration:
                     reply()
                 except OSError as error:
@@ -261,6 +264,8 @@ class Disk(Node):
                     self.session.send_error(unique, error.errno or errno.EIO)
                 else:
                     command.unique, command.context = unique, step
+                    if not self.front.trusted and op != BLKIF_OP_DISCARD:
+                        _cover(command, size if op == BLKIF_OP_WRITE else 0, size)
                     self.front.submit(command, op, offset // SECTOR_SIZE, size)
                     return
                 if span is not None:
@@ -270,11 +275,7 @@ class Disk(Node):
             command.status = 0
             step(command)
 
-        self._wait(Waiting(unique, length, span, start))
-
-    def _park(self, waiting: Waiting) -> None:
-        """Wait for a completion before trying again (a write that is under way will bring one)."""
-        self.backlog.append(waiting)
+        self._wait(Waiting(unique, length, span, start, alone=span is not None))
 
     def _slow_read(self, session: Session, unique: int, offset: int, size: int) -> None:
         """Not whole blocks: read those around, answer with the middle."""
@@ -286,9 +287,10 @@ class Disk(Node):
         def steps(command: Command) -> Steps:
             while len(data) < size:
                 start, end = self._around(offset + len(data), offset + size, command)
-                yield BLKIF_OP_READ, start, end - start
+                command = yield BLKIF_OP_READ, start, end - start
                 skip = offset + len(data) - start
                 data.extend(command.view[skip : min(end - start, skip + size - len(data))])
+            return command
 
         self._slow(unique, None, size, lambda: session.send_data(unique, [data]), steps)
 
@@ -311,10 +313,11 @@ class Disk(Node):
             skip = offset + done - start
             count = min(end - start - skip, size - done)
             if count != end - start:
-                yield BLKIF_OP_READ, start, end - start
+                command = yield BLKIF_OP_READ, start, end - start
             command.view[skip : skip + count] = bytes(count) if data is None else data[done : done + count]
-            yield BLKIF_OP_WRITE, start, end - start
+            command = yield BLKIF_OP_WRITE, start, end - start
             done += count
+        return command
 
     def _around(self, offset: int, end: int, command: Command) -> tuple[int, int]:
         """The whole blocks around offset..end, as far as they fit into the command."""
@@ -351,12 +354,19 @@ class Disk(Node):
             return
 
         def steps(command: Command) -> Steps:
-            yield from self._modify_steps(command, offset, first - offset, None)
-            yield BLKIF_OP_DISCARD, first, last - first
-            yield from self._modify_steps(command, last, end - last, None)
+            command = yield from self._modify_steps(command, offset, first - offset, None)
+            command = yield BLKIF_OP_DISCARD, first, last - first
+            return (yield from self._modify_steps(command, last, end - last, None))
 
         span = (offset & ~self.block_mask, end + self.block_mask & ~self.block_mask)
         self._slow(unique, span, SMALL_BYTES, reply, steps)
+
+
+def _cover(command: Command, start: int, size: int) -> None:
+    """Zero `start` to the end of the pages of a request of `size` bytes: the backend gets whole pages and is not trusted
+    with what earlier requests left in them (XSA-403)."""
+    end = size + 4095 & ~4095
+    command.view[start:end] = bytes(end - start)
 
 
 def _landed(session: Session, size: int) -> bytes:

@@ -68,7 +68,11 @@ class StoreDirectory(Directory):
 
     def lookup(self, name: bytes) -> Node | None:
         if name == VALUE_NAME:
-            return self.tree.remember(self.path, False) if self.tree.connection.read(self.path) else None
+            try:
+                value = self.tree.connection.read(self.path)
+            except XsError:
+                return None  # removed since it was looked up
+            return self.tree.remember(self.path, False) if value else None
         return self.tree.node(self._child(name.decode("latin-1")))
 
     def entries(self) -> Iterable[tuple[bytes, Node]]:
