@@ -196,17 +196,14 @@ class World:
         """The task of the disk workers' eventfd."""
         while True:
             await trio.lowlevel.wait_readable(self.workers.fd)
-            self.run_until_quiet()
-
-    def run_until_quiet(self) -> None:
-        while self.kick():
-            pass
+            while self.kick():
+                await trio.lowlevel.checkpoint()
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until no request is under way; False if the time was not enough."""
         with trio.move_on_after(timeout_s):
             while any(front.waiting or front.busy for _, front in self.fronts()):
-                self.run_until_quiet()
+                self.kick()
                 await trio.sleep(0.005)
             return True
         return False
@@ -217,7 +214,7 @@ class World:
             front.close()
         deadline = time.monotonic() + 10
         while any(f.state is not XenbusState.Closed for _, f in self.fronts()) and time.monotonic() < deadline:
-            self.run_until_quiet()
+            self.kick()
             time.sleep(0.001)
         for domid in list(self.guests):
             self.destroy(domid)

@@ -110,7 +110,10 @@ class XenbusDevice:
 
     def peer_state(self) -> XenbusState:
         """The other end's state; Unknown if it has none (any more). PeerFault if it is not a state."""
-        return S(self.client.read_int(f"{self.peer_node}/state", int(S.Unknown), maximum=int(S.Reconfigured)))
+        try:
+            return S(self.client.read_int(f"{self.peer_node}/state", int(S.Unknown), maximum=int(S.Reconfigured)))
+        except XsError:
+            return S.Unknown  # a guest may not even ask below a directory that is gone (EACCES)
 
     def peer_changed(self) -> None:
         """The other end said something: look at what it says now (events may have been merged) and answer."""

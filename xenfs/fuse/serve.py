@@ -50,24 +50,30 @@ class Server:
 
     async def run(self) -> None:
         """Serve until the file system is unmounted."""
+        more = False
         while not self.unmounted:
-            await trio.lowlevel.wait_readable(self.fd)
-            self._turn()
+            if more:
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.wait_readable(self.fd)
+            more = self._turn()
 
-    def _turn(self) -> None:
-        """Read, deliver, look again; until there is nothing for a while, or others want to run."""
+    def _turn(self) -> bool:
+        """Read, deliver, look again; until there is nothing for a while, or others want to run. True: more is due."""
         clock = time.perf_counter
         now = clock()
         turn_ends = now + TURN_S
         quiet_since = now
-        while now < turn_ends:
+        more = False
+        while now < turn_ends and not self.unmounted:
             got = self._batch()
             more = self.kick()
             now = clock()
             if got:
                 quiet_since = now
             elif not more and now - quiet_since >= LOOK_S:
-                return
+                break
+        return more
 
     def _batch(self) -> int:
         """Up to BATCH requests; how many there were."""
