@@ -78,21 +78,27 @@ class Blkback(Backend):
         self.queues: list[Queue] = []
         self.abi: Abi = ABIS["x86_64-abi"]
         self._path_watch: str | None = None
+        self._stopped = False
         self.on_removed: Callable[[], None] | None = None
 
     # --- handshake -------------------------------------------------------------------------------------------------
 
     def offer(self) -> None:
         offered, client, node = self.offered, self.client, self.node
-        if offered.max_indirect_segments is not None:
-            client.write(f"{node}/feature-max-indirect-segments", offered.max_indirect_segments)
-        if offered.max_queues is not None:
-            client.write(f"{node}/multi-queue-max-queues", offered.max_queues)
+        self._offer_number("feature-max-indirect-segments", offered.max_indirect_segments)
+        self._offer_number("multi-queue-max-queues", offered.max_queues)
         if self._path_watch is None:
             self._path_watch = client.watch(f"{node}/physical-device-path", lambda _path: self._device_there())
-        if offered.max_ring_page_order is not None:
-            client.write(f"{node}/max-ring-page-order", offered.max_ring_page_order)
-            client.write(f"{node}/max-ring-pages", 1 << offered.max_ring_page_order)
+        order = offered.max_ring_page_order
+        self._offer_number("max-ring-page-order", order)
+        self._offer_number("max-ring-pages", None if order is None else 1 << order)
+
+    def _offer_number(self, key: str, value: int | None) -> None:
+        """What is not offered must not be there, also if an earlier driver offered it."""
+        if value is not None:
+            self.client.write(f"{self.node}/{key}", value)
+        else:
+            self.client.rm(f"{self.node}/{key}")
 
     def _device_there(self) -> None:
         if self.state is XenbusState.InitWait:
@@ -136,9 +142,7 @@ class Blkback(Backend):
         for i in range(count):
             where = self.peer_node if count == 1 else f"{self.peer_node}/queue-{i}"
             self._connect_queue(where, pages, grants, storage)
-        self._publish(storage)
-        for queue in self.queues:
-            queue.on_event(queue.port)  # the frontend may have asked before we were there
+        self._publish(storage)  # what the frontend asked before we were there is seen soon: a new port is pending
 
     def _ring_pages(self) -> int:
         """Both schemes: ring-page-order, and the older num-ring-pages. One page has no key at all."""
@@ -195,6 +199,8 @@ class Blkback(Backend):
                 client.write(f"{node}/discard-alignment", 0, tx)
                 client.write(f"{node}/discard-secure", 0, tx)
                 client.write(f"{node}/feature-discard", 1, tx)
+            else:
+                client.rm(f"{node}/feature-discard", tx)
             client.write(f"{node}/feature-barrier", int(offered.barrier), tx)
             client.write(f"{node}/feature-persistent", int(offered.persistent), tx)
             client.write(f"{node}/sectors", storage.sectors, tx)
@@ -242,11 +248,22 @@ class Blkback(Backend):
             self.storage = None
         return True
 
-    def removed(self) -> None:
-        self.stop()
+    def drained(self) -> None:
+        """The last request that waited for the storage is answered."""
+        if self._stopped:  # nobody will tell us anything any more
+            self.disconnect()
+        else:
+            super().drained()
+
+    def stop(self) -> None:
+        self._stopped = True
         if self._path_watch is not None:
             self.client.unwatch(self._path_watch)
             self._path_watch = None
+        super().stop()
+
+    def removed(self) -> None:
+        self.stop()
         if self.on_removed is not None:
             on_removed, self.on_removed = self.on_removed, None
             on_removed()

@@ -26,6 +26,8 @@ from xenmodel.public.io.blkif import (
     BLKIF_MAX_SEGMENTS_PER_REQUEST,
     BLKIF_OP_DISCARD,
     BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
     BLKIF_OP_WRITE_BARRIER,
     BLKIF_RSP_EOPNOTSUPP,
     BLKIF_RSP_ERROR,
@@ -34,7 +36,7 @@ from xenmodel.public.io.blkif import (
     VDISK_READONLY,
 )
 from xenmodel.public.io.xenbus import XenbusState
-from xenmodel.types import PeerFault
+from xenmodel.types import PAGE_SIZE, PeerFault
 from xenmodel.xenbus import Frontend
 from xenmodel.xenstore.client import Client
 
@@ -78,6 +80,8 @@ class Blkfront(Frontend):
         self.gone = False
         self.on_complete: Callable[[Command], None] = lambda _command: None
         self.on_change: Callable[[], None] = lambda: None  # connected, resized, or gone
+        self._old_queues: list[FrontQueue] = []  # of a connection that ended; the backend may still map them
+        self._published: tuple[str, ...] = ()  # what we wrote in the store
         self._turn = 0
         self._deferred = False
         self._draining = False  # closing, once the backend has answered what it has
@@ -109,6 +113,8 @@ class Blkfront(Frontend):
         """READ, WRITE, FLUSH_DISKCACHE or DISCARD of `length` bytes at `sector`. `on_complete` follows, never at once."""
         command.op, command.sector, command.length = op, sector, length
         command.status = BLKIF_RSP_OKAY
+        if not self.trusted:
+            _wipe(command)
         self.waiting.append(command)
         if not self._deferred:
             self._deferred = True
@@ -121,9 +127,10 @@ class Blkfront(Frontend):
     def _publish(self) -> None:
         """Put what waits on the rings, and tell the backend once."""
         self._deferred = False
+        if self.gone or self.broken:
+            self._fail_waiting()
+            return
         if self.state is not XenbusState.Connected or self._draining:
-            if self.gone or self.broken:
-                self._fail_waiting()
             return
         waiting = self.waiting
         while waiting:
@@ -176,6 +183,7 @@ class Blkfront(Frontend):
         pages = number(f"{self.peer_node}/max-ring-pages", 1)
         order = min(self.want.ring_page_order, max(order, pages.bit_length() - 1))
         count = max(1, min(self.want.queues, number(f"{self.peer_node}/multi-queue-max-queues", 1)))
+        self._take_back()
         self._grant_pages()
         for _ in range(count):
             self.queues.append(FrontQueue(self, 1 << order, self.want.protocol))
@@ -185,38 +193,45 @@ class Blkfront(Frontend):
         """All the pages data will travel through. When references are short, there are fewer commands, but never none."""
         for pool in (self.small, self.large):
             kept: list[Command] = []
-            for command in pool.free + [c for c in pool.commands if c.where is not Where.FREE]:
+            short: GrantTableFull | None = None
+            for command in sorted(pool.commands, key=lambda c: c.where is Where.FREE):  # those in use come first
                 try:
                     command.grant(self.domain, self.peer_domid)
                 except GrantTableFull as full:
-                    if command.where is not Where.FREE or not kept:
-                        raise PeerFault(f"{full}: raise max_grant_frames") from full
-                    command.where = Where.GONE
-                    command.release(self.domain)
-                    continue
+                    if command.where is Where.FREE and kept:
+                        command.where = Where.GONE
+                        command.release(self.domain)
+                        continue
+                    short = full
                 kept.append(command)
             pool.commands = kept
             pool.free = [c for c in kept if c.where is Where.FREE]
+            if short is not None:
+                raise PeerFault(f"{short}: raise max_grant_frames")
 
     def _publish_rings(self, tx: int, order: int) -> None:
-        write, node = self.client.write, self.node
+        node = self.node
+        keys: dict[str, int | str] = {}
         if order:
-            write(f"{node}/ring-page-order", order, tx)
+            keys[f"{node}/ring-page-order"] = order
             if self.want.both_ring_schemes:
-                write(f"{node}/num-ring-pages", 1 << order, tx)
+                keys[f"{node}/num-ring-pages"] = 1 << order
         many = len(self.queues) > 1
         if many:
-            write(f"{node}/multi-queue-num-queues", len(self.queues), tx)
+            keys[f"{node}/multi-queue-num-queues"] = len(self.queues)
         for i, queue in enumerate(self.queues):
             where = f"{node}/queue-{i}" if many else node
-            if order:
-                for k, gref in enumerate(queue.grefs):
-                    write(f"{where}/ring-ref{k}", gref, tx)
-            else:
-                write(f"{where}/ring-ref", queue.grefs[0], tx)
-            write(f"{where}/event-channel", queue.port, tx)
-        write(f"{node}/protocol", self.want.protocol, tx)
-        write(f"{node}/feature-persistent", int(self.want.persistent), tx)
+            for k, gref in enumerate(queue.grefs):
+                keys[f"{where}/ring-ref{k if order else ''}"] = gref
+            keys[f"{where}/event-channel"] = queue.port
+        keys[f"{node}/protocol"] = self.want.protocol
+        keys[f"{node}/feature-persistent"] = int(self.want.persistent)
+        for path in self._published:  # another backend may offer less: it must not find what the last one was told
+            if path not in keys:
+                self.client.rm(path, tx)
+        for path, value in keys.items():
+            self.client.write(path, value, tx)
+        self._published = tuple(keys)
 
     def connect(self) -> None:
         number, peer = self.client.read_int, self.peer_node
@@ -262,9 +277,10 @@ class Blkfront(Frontend):
     # --- closing ---------------------------------------------------------------------------------------------------
 
     def disconnect(self) -> bool:
-        """Take back rings, ports and pages; what was on the rings waits again, in the order it was submitted.
+        """Stop using the rings; what was on them waits again, in the order it was submitted.
 
-        A backend that is only Closing still answers: let it, unless it broke the rules.
+        A backend that is only Closing still answers: let it, unless it broke the rules. It lets go of our pages only after
+        we said Closed, so they are taken back later: before it is talked to again, or at the end.
         """
         if not self.broken and self.busy and self.peer_state() is XenbusState.Closing:
             self._draining = True
@@ -273,36 +289,49 @@ class Blkfront(Frontend):
         inflight: list[Command] = []
         for queue in self.queues:
             inflight += queue.stop()
+        self._old_queues += self.queues
         self.queues.clear()
         self._turn = 0
         for command in inflight:
             command.where, command.status, command.parts = Where.READY, BLKIF_RSP_OKAY, 0
         self.waiting.extendleft(reversed(inflight))
-        self._revoke_pages()
         self.undo.close()
         if self.gone or self.broken:
             self._fail_waiting()
         return True
 
-    def _revoke_pages(self) -> None:
+    def _take_back(self) -> None:
+        """End the old backend's access to rings and pages. What it still maps stays quarantined (XSA-396)."""
+        for queue in self._old_queues:
+            queue.release()
+        self._old_queues.clear()
         for pool in (self.small, self.large):
-            for command in list(pool.commands):
+            for command in pool.commands:
                 if not command.revoke(self.domain):
                     self.quarantined += 1
-                    fresh = pool.replace(command)
-                    if command in self.waiting:
-                        self.waiting[self.waiting.index(command)] = fresh
+                    if self.gone:
+                        command.release(self.domain, reuse=False)
+                    else:
+                        command.quarantine(self.domain)
 
     def removed(self) -> None:
         if not self.gone:
             self.gone = True
             self._fail_waiting()
-            if self._watch is not None:
-                self.client.unwatch(self._watch)
-                self._watch = None
             self.on_change()
 
     def stop(self) -> None:
         self.broken = self.broken or "the device was removed"
         super().stop()
         self.removed()
+        self._take_back()
+        self.small.close()
+        self.large.close()
+
+
+def _wipe(command: Command) -> None:
+    """Zero what the backend could see of earlier requests: all pages of a read, the end of a write's last page."""
+    start = command.length if command.op == BLKIF_OP_WRITE else 0
+    end = (command.length + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+    if command.op in (BLKIF_OP_READ, BLKIF_OP_WRITE):
+        command.view[start:end] = bytes(end - start)

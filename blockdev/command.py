@@ -8,6 +8,7 @@ grants in use stay few. A command is always on exactly one Queue, and moving it 
 from __future__ import annotations
 
 import enum
+import mmap
 from typing import Any
 
 from blockdev.geometry import pack_segments
@@ -21,6 +22,7 @@ LARGE_BYTES = 1024 * 1024  # 256 segments, FUSE's largest request
 SMALL_COMMANDS = 32
 LARGE_COMMANDS = 8
 MEMORY_SHARE = 4  # a pool takes at most a quarter of a small guest's memory
+NOWHERE = Pfn(-1)
 
 
 class Where(enum.Enum):
@@ -29,7 +31,7 @@ class Where(enum.Enum):
     FREE = "free"
     READY = "ready"  # taken by the consumer, or waiting for a place on the ring
     BUSY = "busy"  # on the ring
-    GONE = "gone"  # its pages are still mapped by a backend that went away: never used again
+    GONE = "gone"  # dropped: there were no grant references for it
 
 
 class Command:
@@ -41,13 +43,8 @@ class Command:
     )  # fmt: skip
 
     def __init__(self, domain: Domain, capacity: int) -> None:
-        pages = capacity >> PAGE_SHIFT
         self.capacity = capacity
-        # the page behind the data holds the indirect descriptors of a request over the whole buffer
-        self.pfn = domain.memory.allocate(pages + 1)
-        self.view = domain.memory.run(self.pfn, pages)
-        self.tail = self.view[SMALL_BYTES:]  # what follows the first 64 KiB of a large request
-        self.indirect = domain.memory.run(Pfn(self.pfn + pages))
+        self._allocate(domain)
         self.grefs: list[Gref] = []
         self.indirect_gref = Gref(0)
         self.segments = b""
@@ -55,6 +52,14 @@ class Command:
         self.op = self.sector = self.length = self.status = self.parts = 0
         self.unique = self.offset = self.size = 0
         self.context: Any = None
+
+    def _allocate(self, domain: Domain) -> None:
+        pages = self.capacity >> PAGE_SHIFT
+        # the page behind the data holds the indirect descriptors of a request over the whole buffer
+        self.pfn = domain.memory.allocate(pages + 1)
+        self.view = domain.memory.run(self.pfn, pages)
+        self.tail = self.view[SMALL_BYTES:]  # what follows the first 64 KiB of a large request
+        self.indirect = domain.memory.run(Pfn(self.pfn + pages))
 
     def grant(self, domain: Domain, peer: Domid) -> None:
         """Grant every page to the backend. GrantTableFull (nothing granted) when the table is exhausted."""
@@ -72,13 +77,26 @@ class Command:
         self.grefs, self.indirect_gref = [], Gref(0)
         return all(ended)
 
-    def release(self, domain: Domain) -> None:
-        """Give the pages back to the guest."""
-        domain.memory.release(self.pfn, (self.capacity >> PAGE_SHIFT) + 1)
+    def quarantine(self, domain: Domain) -> None:
+        """Leave the pages to the backend that does not let go of them, and go on with fresh ones. OutOfMemory."""
+        old, self.pfn = self.view, NOWHERE  # lost, also if there are no others
+        self._allocate(domain)
+        self.view[:] = old
+
+    def release(self, domain: Domain, *, reuse: bool = True) -> None:
+        """Give the pages back to the guest, unless somebody may still use them. What stays is ordinary memory, so that
+        the consumer of a device that is gone can go on asking (and be told of the failure)."""
+        if self.pfn == NOWHERE:
+            return
+        if reuse:
+            domain.memory.release(self.pfn, (self.capacity >> PAGE_SHIFT) + 1)
+        self.pfn = NOWHERE
+        self.view = memoryview(mmap.mmap(-1, self.capacity))  # untouched, it costs nothing
+        self.tail = self.view[SMALL_BYTES:]
 
 
 class Pool:
-    """The free commands of one size. `most_used` is the high-water mark."""
+    """The free commands of one size."""
 
     def __init__(self, domain: Domain, capacity: int, count: int) -> None:
         pages = capacity // PAGE_SIZE + 1
@@ -87,7 +105,7 @@ class Pool:
         self.capacity = capacity
         self.commands: list[Command] = []
         self.free: list[Command] = []
-        self.most_used = 0
+        self.closed = False
         for _ in range(count):
             try:
                 self._add()
@@ -113,27 +131,11 @@ class Pool:
         assert command.where is Where.READY, f"a command that is given back is {command.where}"
         command.where = Where.FREE
         self.free.append(command)
-
-    def replace(self, old: Command) -> Command:
-        """Quarantine `old`, whose pages a backend still maps, and let a fresh command take its place (free or not)."""
-        fresh = Command(self.domain, self.capacity)
-        fresh.view[:] = old.view
-        for name in ("op", "sector", "length", "status", "unique", "offset", "size", "context", "where"):
-            setattr(fresh, name, getattr(old, name))
-        self.commands[self.commands.index(old)] = fresh
-        if old.where is Where.FREE:
-            self.free[self.free.index(old)] = fresh
-        old.where = Where.GONE
-        return fresh
-
-    def wipe(self, command: Command, length: int) -> None:
-        """Zero what a backend that is not trusted could otherwise see of earlier requests (`trusted` = 0)."""
-        pages = (length + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
-        command.view[:pages] = bytes(pages)
+        if self.closed:
+            command.release(self.domain)
 
     def close(self) -> None:
-        for command in self.commands:
-            if command.where is not Where.GONE:
-                command.release(self.domain)
-        self.commands.clear()
-        self.free.clear()
+        """The device is gone: the guest gets its frames back, those of commands in use when they are given."""
+        self.closed = True
+        for command in self.free:
+            command.release(self.domain)

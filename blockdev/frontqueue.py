@@ -23,7 +23,7 @@ from xenmodel.public.io.blkif import (
     SEGMENT_SIZE,
 )
 from xenmodel.ring import FrontRing
-from xenmodel.types import PAGE_SHIFT, PAGE_SIZE, PeerFault, Pfn, Port
+from xenmodel.types import PAGE_SHIFT, PAGE_SIZE, Gref, OutOfResources, PeerFault, Pfn, Port
 
 if TYPE_CHECKING:
     from blockdev.blkfront import Blkfront
@@ -38,15 +38,21 @@ class FrontQueue:
         self.front = front
         self.abi = ABIS[protocol]
         domain = front.domain
+        self.events = domain.events
         self.pfn = domain.memory.allocate(pages)
         self.pages = pages
-        self.grefs = [domain.grants.grant_access(front.peer_domid, Pfn(self.pfn + i)) for i in range(pages)]
+        self.grefs: list[Gref] = []
+        try:
+            for i in range(pages):
+                self.grefs.append(domain.grants.grant_access(front.peer_domid, Pfn(self.pfn + i)))
+            self.port = domain.events.alloc_unbound(front.peer_domid, self.on_event)
+            if self.port < 0:
+                raise PeerFault(f"no event channel is free ({self.port})")
+        except (OutOfResources, PeerFault):
+            self.release()
+            raise
         view = vmap([Frame(domain.memory, self.pfn + i) for i in range(pages)])
         self.ring = FrontRing(view, self.abi.slot_size)
-        self.events = domain.events
-        self.port = domain.events.alloc_unbound(front.peer_domid, self.on_event)
-        if self.port < 0:
-            raise PeerFault(f"no event channel is free ({self.port})")
         self.shadow: list[Command | None] = [None] * self.ring.size
         self.shadow_op = [0] * self.ring.size
         self.ids = list(range(self.ring.size - 1, -1, -1))
@@ -166,12 +172,15 @@ class FrontQueue:
     # --- closing ---------------------------------------------------------------------------------------------------
 
     def stop(self) -> list[Command]:
-        """Close the port, take the ring back; the commands that were out, in order, each once."""
-        domain = self.front.domain
+        """Close the port and listen no more; the commands that were out, in order, each once."""
         self.events.close(self.port)
-        ended = [domain.grants.end_access(gref) for gref in self.grefs]
-        if all(ended):
-            domain.memory.release(self.pfn, self.pages)
         inflight = dict.fromkeys(command for command in self.shadow if command is not None)
         self.shadow = [None] * self.ring.size
         return list(inflight)
+
+    def release(self) -> None:
+        """Take the ring back; pages that the backend still maps are never used again (XSA-396)."""
+        domain = self.front.domain
+        ended = [domain.grants.end_access(gref) for gref in self.grefs]
+        if all(ended):
+            domain.memory.release(self.pfn, self.pages)

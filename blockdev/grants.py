@@ -16,7 +16,7 @@ from xenmodel.public.grant_table import GNTST_TEXTS, GNTMAP_host_map, GNTMAP_rea
 
 DEFAULT_CAP = 4096
 EVICT_SHARE = 20  # one twentieth goes at a time, as Linux's purge does (5 %)
-MOST_TRANSLATIONS = 4096
+MOST_REMEMBERED_SEGMENTS = 64 * 1024  # of all translations together: a guest could ask for ever new pieces of a page
 
 
 class Translation:
@@ -45,6 +45,9 @@ class GrantCache:
         self.translations: dict[bytes, Translation] = {}
         self.running: set[Translation] = set()  # those of requests that are not answered yet
         self.tick = 0
+        self.searches = 0  # for something to evict
+        self._remembered = 0  # segments of `translations`
+        self._all_busy = False  # this request has found nothing to evict already
 
     def translate(self, data: bytes, guest_is_written: bool) -> Translation:
         """Segments (the caller's copy) to views. ValueError if they are malformed or not granted."""
@@ -53,6 +56,7 @@ class GrantCache:
         once: list[Mapping] = []
         parts = []
         sectors = 0
+        self._all_busy = False
         try:
             for gref, first, last in segments:
                 mapping = self._map(gref, not guest_is_written, grefs, once)
@@ -63,14 +67,17 @@ class GrantCache:
             raise
         translation = Translation(join_runs(parts), sectors, grefs, once)
         if not once:
-            if len(self.translations) >= MOST_TRANSLATIONS:
-                self.translations.clear()
+            self._remembered += len(grefs)
+            if self._remembered > MOST_REMEMBERED_SEGMENTS:
+                self._forget()
+                self._remembered = len(grefs)
             self.translations[data] = translation
         return translation
 
     def page(self, gref: int, length: int) -> bytes:
         """A copy of the first `length` bytes of a granted page (an indirect descriptor page)."""
         once: list[Mapping] = []
+        self._all_busy = False
         data = bytes(self._map(gref, True, [], once).view[:length])
         self._unmap(once)
         return data
@@ -83,7 +90,7 @@ class GrantCache:
     def close(self) -> None:
         """Unmap everything. No request may be running."""
         assert not self.running, f"{len(self.running)} requests still use their pages"
-        self.translations.clear()
+        self._forget()
         self._unmap(list(self.kept.values()))
         self.kept.clear()
 
@@ -105,6 +112,9 @@ class GrantCache:
 
     def _evict(self, using: list[int]) -> bool:
         """Unmap the least recently used grants; False if all are in use, and the newcomer is mapped for once."""
+        if self._all_busy:
+            return False
+        self.searches += 1
         last = dict.fromkeys(self.kept, 0)
         for translation in self.translations.values():
             for gref in translation.grefs:
@@ -112,9 +122,15 @@ class GrantCache:
         busy = set(using).union(*(t.grefs for t in self.running))
         idle = sorted((gref for gref in self.kept if gref not in busy), key=last.__getitem__)
         victims = idle[: max(1, self.cap // EVICT_SHARE)]
-        self.translations.clear()
-        self._unmap([self.kept.pop(gref) for gref in victims])
+        self._all_busy = not victims
+        if victims:
+            self._forget()
+            self._unmap([self.kept.pop(gref) for gref in victims])
         return bool(victims)
+
+    def _forget(self) -> None:
+        self.translations.clear()
+        self._remembered = 0
 
     def _unmap(self, mappings: list[Mapping]) -> None:
         for mapping in mappings:

@@ -58,7 +58,6 @@ class GuestMemory:
         """Give frames back; the host gets the memory, and the next owner reads zeroes."""
         assert count > 0, f"{count} frames are no run"
         assert 0 <= pfn <= self.pages - count, f"frames {pfn}..{pfn + count} are outside 0..{self.pages}"
-        self._map.madvise(mmap.MADV_REMOVE, pfn * PAGE_SIZE, count * PAGE_SIZE)
         first, end = int(pfn), pfn + count
         at = next((i for i, (start, _) in enumerate(self._free) if start >= first), len(self._free))
         if at < len(self._free):
@@ -70,6 +69,7 @@ class GuestMemory:
         if at < len(self._free) and self._free[at][0] == end:
             end += self._free.pop(at)[1]
         self._free.insert(at, (first, end - first))
+        self._map.madvise(mmap.MADV_REMOVE, pfn * PAGE_SIZE, count * PAGE_SIZE)
 
     @property
     def free_pages(self) -> int:

@@ -129,7 +129,7 @@ class Frontend(XenbusDevice):
     """A frontend's side of the handshake. Hooks: negotiate(), connect(), reconfigured(), disconnect(), removed()."""
 
     when_peer_is = {
-        S.Unknown: "_backend_closed",
+        S.Unknown: "_backend_gone",
         S.InitWait: "_talk_to_backend",
         S.Initialised: "_talk_to_backend",  # the backend skipped InitWait: same work
         S.Connected: "_go_live",
@@ -178,9 +178,16 @@ class Frontend(XenbusDevice):
         if self.state is S.Closed and going_away:
             self.removed()
 
+    def _backend_gone(self) -> None:
+        if self.state is not S.Initialising or not self.client.exists(self.node):  # otherwise its directory is still to come
+            self._backend_closed()
+
     def _going_away(self) -> bool:
         """The toolstack takes the device away: `online` is 0, or our own directory is no longer there."""
-        return self.client.read(f"{self.peer_node}/online") == "0" or not self.client.exists(self.node)
+        try:
+            return self.client.read(f"{self.peer_node}/online") == "0" or not self.client.exists(self.node)
+        except XsError:
+            return True  # the backend's directory is gone: a guest may not even ask (EACCES)
 
 
 class Backend(XenbusDevice):

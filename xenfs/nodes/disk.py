@@ -33,9 +33,7 @@ from xenmodel.public.io.xenbus import XenbusState
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 
-# Yields (operation, byte offset, length); is sent the command when that is done, which may be another one by then: the
-# frontend replaces a command whose pages a backend never gave back.
-Steps = Generator[tuple[int, int, int], Command, Command]
+Steps = Generator[tuple[int, int, int], None, None]  # (operation, byte offset, length)
 
 
 class Waiting(NamedTuple):
@@ -106,8 +104,6 @@ class Disk(Node):
     def _start_read(self, command: Command, unique: int, offset: int, size: int) -> None:
         command.unique, command.size = unique, size
         command.context = self._read_done
-        if not self.front.trusted:
-            _cover(command, 0, size)
         self.front.submit(command, BLKIF_OP_READ, offset // SECTOR_SIZE, size)
 
     def _reply_read(self, command: Command) -> None:
@@ -155,8 +151,6 @@ class Disk(Node):
     def _start_write(self, command: Command, unique: int, offset: int, size: int) -> None:
         command.unique, command.size = unique, size
         command.context = self._write_done
-        if not self.front.trusted:
-            _cover(command, size, size)
         self.front.submit(command, BLKIF_OP_WRITE, offset // SECTOR_SIZE, size)
 
     def _reply_written(self, command: Command) -> None:
@@ -250,13 +244,12 @@ class Disk(Node):
                 self.locked.append(span)
             todo = steps(command)
 
-            def step(command: Command) -> None:
+            def step(_: Command) -> None:
                 status = command.status
                 try:
                     if status:
                         raise refuse(errno.EOPNOTSUPP if status == BLKIF_RSP_EOPNOTSUPP else errno.EIO)
-                    # a generator that has not started takes no value
-                    op, offset, size = todo.send(command) if command.context is step else next(todo)
+                    op, offset, size = next(todo)
                 except StopIteration:
                     reply()
                 except OSError as error:
@@ -264,8 +257,6 @@ class Disk(Node):
                     self.session.send_error(unique, error.errno or errno.EIO)
                 else:
                     command.unique, command.context = unique, step
-                    if not self.front.trusted and op != BLKIF_OP_DISCARD:
-                        _cover(command, size if op == BLKIF_OP_WRITE else 0, size)
                     self.front.submit(command, op, offset // SECTOR_SIZE, size)
                     return
                 if span is not None:
@@ -287,10 +278,9 @@ class Disk(Node):
         def steps(command: Command) -> Steps:
             while len(data) < size:
                 start, end = self._around(offset + len(data), offset + size, command)
-                command = yield BLKIF_OP_READ, start, end - start
+                yield BLKIF_OP_READ, start, end - start
                 skip = offset + len(data) - start
                 data.extend(command.view[skip : min(end - start, skip + size - len(data))])
-            return command
 
         self._slow(unique, None, size, lambda: session.send_data(unique, [data]), steps)
 
@@ -313,11 +303,10 @@ class Disk(Node):
             skip = offset + done - start
             count = min(end - start - skip, size - done)
             if count != end - start:
-                command = yield BLKIF_OP_READ, start, end - start
+                yield BLKIF_OP_READ, start, end - start
             command.view[skip : skip + count] = bytes(count) if data is None else data[done : done + count]
-            command = yield BLKIF_OP_WRITE, start, end - start
+            yield BLKIF_OP_WRITE, start, end - start
             done += count
-        return command
 
     def _around(self, offset: int, end: int, command: Command) -> tuple[int, int]:
         """The whole blocks around offset..end, as far as they fit into the command."""
@@ -354,19 +343,12 @@ class Disk(Node):
             return
 
         def steps(command: Command) -> Steps:
-            command = yield from self._modify_steps(command, offset, first - offset, None)
-            command = yield BLKIF_OP_DISCARD, first, last - first
-            return (yield from self._modify_steps(command, last, end - last, None))
+            yield from self._modify_steps(command, offset, first - offset, None)
+            yield BLKIF_OP_DISCARD, first, last - first
+            yield from self._modify_steps(command, last, end - last, None)
 
         span = (offset & ~self.block_mask, end + self.block_mask & ~self.block_mask)
         self._slow(unique, span, SMALL_BYTES, reply, steps)
-
-
-def _cover(command: Command, start: int, size: int) -> None:
-    """Zero `start` to the end of the pages of a request of `size` bytes: the backend gets whole pages and is not trusted
-    with what earlier requests left in them (XSA-403)."""
-    end = size + 4095 & ~4095
-    command.view[start:end] = bytes(end - start)
 
 
 def _landed(session: Session, size: int) -> bytes:

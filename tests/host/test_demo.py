@@ -1,0 +1,139 @@
+"""Goal: `xenfs demo` shows what it promises, and leaves nothing behind however it ends.
+Method: run it as a user would, with tools of its path replaced by ones that fail, hang or do harm.
+
+Its scratch directory goes where TMPDIR says, so what it left is what is in there, mounted below or running there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.host
+
+DEMO = [sys.executable, "-m", "xenfs", "demo"]
+REPOSITORY = Path(__file__).resolve().parents[2]
+TITLES = 10
+KILL_SERVER = """
+for each in /proc/[0-9]*; do
+    if [ "$(readlink $each/cwd)" = "$PWD" ] && tr '\\0' ' ' < $each/cmdline | grep -q 'xenfs up'; then
+        kill -9 "${each#/proc/}" && exit 9
+    fi
+done
+"""
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "bin").mkdir()
+    return (tmp_path / "scratch").resolve()
+
+
+def environment(scratch: Path, **tools: str) -> dict[str, str]:
+    """TMPDIR is `scratch`; each of `tools` is a shell script that comes before the real one."""
+    binaries = scratch.parent / "bin"
+    for name, script in tools.items():
+        (binaries / name).write_text(f"#!/bin/sh\n{script}\n")
+        (binaries / name).chmod(0o755)
+    changes = {"TMPDIR": str(scratch), "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    return os.environ | changes | {"LC_ALL": "C"}
+
+
+def run(scratch: Path, *arguments: str, **tools: str) -> subprocess.CompletedProcess[str]:
+    words = [*DEMO, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment(scratch, **tools))
+
+
+def left_behind(scratch: Path) -> list[str]:
+    """Mounts, loop devices, processes and files below `scratch`; no file system is asked that may hang."""
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    found = [f"mount {path}" for path in mounts if path.startswith(f"{scratch}/")]
+    for link in [*Path("/proc").glob("[0-9]*/cwd"), *Path("/sys/block").glob("loop*/loop/backing_file")]:
+        try:
+            target = os.readlink(link) if link.is_symlink() else link.read_text()
+        except OSError:
+            continue  # ended or detached since
+        if target.startswith(f"{scratch}/"):
+            found.append(f"{link}: {target}")
+    return found or os.listdir(scratch)
+
+
+def test_every_step(scratch):
+    """Goal: all steps in order, each with its command, status 0, and the clean-up.  Method: run it."""
+    done = run(scratch)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^(\d+)\. ", done.stdout, re.MULTILINE) == [str(i + 1) for i in range(TITLES)]
+    for words in ("$ mkfs.ext4 -q mnt/domains/guest1/dev/xvda", "$ e2fsck -fn", "state:4", "written through a ring"):
+        assert words in done.stdout
+    assert left_behind(scratch) == []
+
+
+def test_keep(scratch):
+    """Goal: --keep leaves image, configuration and log, and nothing mounted.  Method: look, then fsck the image."""
+    done = run(scratch, "--keep")
+    assert done.returncode == 0, done.stderr
+    (name,) = left_behind(scratch)  # no mount, no process
+    folder = scratch / name
+    assert sorted(os.listdir(folder)) == ["disk.img", "fs", "guest.cfg", "mnt", "xenfs.log"]
+    assert str(folder) in done.stdout
+    assert (folder / "xenfs.log").read_text().startswith("guest1 xvda: 256 MiB, read-write, connected\nready\n")
+    assert subprocess.run(["e2fsck", "-fn", folder / "disk.img"], capture_output=True, timeout=30).returncode == 0
+
+
+FAILURES = [
+    ("truncate", "echo no space >&2; exit 1", "truncate ended with 1: no space"),
+    ("e2fsck", "exit 4", "e2fsck ended with 4"),
+    ("sync", "exec /bin/false", "sync ended with 1"),
+    ("umount", '[ "$1" = -l ] && exec /bin/umount "$@"; exit 32', "umount ended with 32"),
+    ("sync", KILL_SERVER, "sync ended with 9"),
+    ("debugfs", "echo something else", "the image does not hold what was written"),
+]
+
+
+@pytest.mark.parametrize(("tool", "script", "words"), FAILURES, ids=[row[2] for row in FAILURES])
+def test_a_failing_step(scratch, tool, script, words):
+    """Goal: a step that fails is named, the status is 1, and all that was started is gone.
+    Method: one broken tool per case, at another moment each; one kills the server under a mounted disk."""
+    done = run(scratch, **{tool: script})
+    assert done.returncode == 1
+    assert words in done.stderr, done.stderr
+    assert "Done." not in done.stdout
+    assert left_behind(scratch) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal(scratch, number):
+    """Goal: Ctrl-C in the middle cleans up too.
+    Method: `sync` tells that the disk is mounted and then hangs; the signal comes, twice, while it does."""
+    fifo = scratch.parent / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    environ = environment(scratch, sync=f"echo hanging > {fifo}; exec sleep 100")
+    with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ) as child:
+        hangs, _, _ = select.select([reader], [], [], 60)
+        child.send_signal(number)
+        child.send_signal(number)
+        said, _ = child.communicate(timeout=60)
+    os.close(reader)
+    assert hangs, said
+    assert child.returncode == 130
+    assert said.endswith("xenfs: demo: interrupted\n")
+    assert left_behind(scratch) == []
+
+
+def test_without_root(scratch):
+    """Goal: an ordinary user is told why not, before anything is started.  Method: in a user namespace, as nobody."""
+    done = subprocess.run(
+        ["unshare", "--user", *DEMO], capture_output=True, text=True, timeout=30, env=environment(scratch)
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "root is needed to mount" in done.stderr
+    assert left_behind(scratch) == []
