@@ -10,7 +10,6 @@ which copies while the loop already reads the next request.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -18,7 +17,6 @@ import logging
 import os
 import stat
 import threading
-from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -32,6 +30,7 @@ log = logging.getLogger("xenfs.image")
 WORKERS = 4
 INLINE_WRITE_BYTES = 64 * 1024
 SLOW_WRITE_S = 0.002
+IOV_MAX = os.sysconf("SC_IOV_MAX")
 BLKSSZGET, BLKPBSZGET = 0x1268, 0x127B
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 DISCARD_GRANULARITY = 4096  # what a file system's hole punching works in
@@ -48,8 +47,9 @@ class Workers:
     def __init__(self, count: int = WORKERS) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._done: deque[tuple[Image, Request, str, int]] = deque()
-        self._told = False
+        # `fd` is readable exactly while something is in `_done`: else the loop would spin, or sleep too long
+        self._done: list[tuple[Image, Request, str, int]] = []
+        self._done_lock = threading.Lock()
         self._threads = [threading.Thread(target=self._work, name=f"disk-{i}", daemon=True) for i in range(count)]
         for thread in self._threads:
             thread.start()
@@ -61,20 +61,19 @@ class Workers:
         while (job := self._jobs.get()) is not None:
             image, what, first, second, request = job
             status = image.perform(what, first, second)
-            self._done.append((image, request, what, status))
-            if not self._told:  # one wake-up for all that is done before the loop looks
-                self._told = True
-                os.eventfd_write(self.fd, 1)
+            with self._done_lock:
+                if not self._done:  # one wake-up for all that is done before the loop looks
+                    os.eventfd_write(self.fd, 1)
+                self._done.append((image, request, what, status))
 
     def reap(self) -> bool:
         """Complete what is done; True if there was anything. Called from the loop."""
-        if not self._told:
+        if not self._done:
             return False
-        with contextlib.suppress(BlockingIOError):
+        with self._done_lock:
             os.eventfd_read(self.fd)
-        self._told = False
-        while self._done:
-            image, request, what, status = self._done.popleft()
+            done, self._done = self._done, []
+        for image, request, what, status in done:
             image.outstanding -= 1
             if what == "pwritev":
                 image.writes_outstanding -= 1
@@ -104,7 +103,8 @@ class Image:
         self._failed: set[str] = set()  # operations that were logged already
         flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
         try:
-            self.fd = os.open(self.path, flags)
+            self.fd = os.open(self.path, flags | os.O_NONBLOCK)  # a pipe would make us wait for its writer
+            os.set_blocking(self.fd, True)
         except OSError as error:
             raise StorageError(f"cannot open disk image {self.path}: {error.strerror}") from error
         try:
@@ -151,9 +151,10 @@ class Image:
             except BlockingIOError:
                 pass
             except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
+                if error.errno == errno.EOPNOTSUPP:
+                    self._nowait_reads = False
+                elif len(views) <= IOV_MAX:
                     return self._error("read", error)
-                self._nowait_reads = False
         return self._later("preadv", views, offset, request)
 
     def write(self, offset: int, views: list[memoryview], length: int, request: Request) -> int:
@@ -198,12 +199,12 @@ class Image:
         """preadv or pwritev until everything is moved; a short read is an image that was cut."""
         move = os.preadv if what == "preadv" else os.pwritev
         try:
-            done = move(self.fd, views, offset)
+            done = move(self.fd, views[:IOV_MAX], offset)
             while (left := sum(map(len, views)) - done) > 0:
                 if done == 0:
                     raise OSError(errno.EIO, f"the image ends {left} bytes early")
                 views, offset = _rest(views, done), offset + done
-                done = move(self.fd, views, offset)
+                done = move(self.fd, views[:IOV_MAX], offset)
         except OSError as error:
             return self._error(what, error)
         return BLKIF_RSP_OKAY

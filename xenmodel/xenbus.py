@@ -202,6 +202,8 @@ class Backend(XenbusDevice):
         S.Closed: "_frontend_closed",
     }
 
+    _left_closed = False  # has the frontend been Closed ever since start()?
+
     def offer(self) -> None:
         """Publish the features that do not depend on the backing device. Then we are InitWait."""
 
@@ -221,9 +223,16 @@ class Backend(XenbusDevice):
             self.switch_state(S.InitWait)
 
     def start(self) -> None:
-        """The toolstack made the directories: offer features, then watch the frontend."""
+        """The toolstack made the directories, or we are back: offer features, then watch the frontend."""
         self._offer()
+        with suppress(PeerFault):  # the watch will find it too
+            self._left_closed = self.peer_state() is S.Closed
         super().start()
+
+    def peer_state(self) -> XenbusState:
+        state = super().peer_state()
+        self._left_closed = self._left_closed and state is S.Closed
+        return state
 
     def _connect(self) -> None:
         if self.state is S.InitWait and not self.broken and self.ready():
@@ -235,8 +244,11 @@ class Backend(XenbusDevice):
             self.switch_state(S.Closing)
 
     def _frontend_closed(self) -> None:
+        online = self.client.read(f"{self.node}/online") == "1"
+        if self._left_closed and self.state is S.InitWait and online:
+            return  # closed by our predecessor, it is yet to see that we are here
         self.finish_closing()
-        if self.state is S.Closed and self.client.read(f"{self.node}/online") != "1":
+        if self.state is S.Closed and not online:
             self.removed()
 
     def _frontend_gone(self) -> None:

@@ -93,7 +93,8 @@ class Exerciser:
 
     def run(self, count: int) -> None:
         operations: list[Callable[[], None]] = [
-            self.write, self.write, self.write, self.read, self.read, self.write_mapped, self.read_mapped, self.zero, self.sync,
+            self.write, self.write, self.write, self.read, self.read, self.write_mapped, self.read_mapped, self.zero,
+            self.sync,
         ]  # fmt: skip
         for _ in range(count):
             self.choose.choice(operations)()

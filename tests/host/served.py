@@ -137,9 +137,10 @@ class Host:
     # --- clients -------------------------------------------------------------------------------------------------------
 
     def client(self, *words: object) -> Popen[str]:
-        """A client in the background."""
+        """A client in the background; its stdin stays open until finish()."""
         environ = os.environ | {"LC_ALL": "C", "PYTHONPATH": str(REPOSITORY)}
-        process = Popen([str(word) for word in words], stdout=PIPE, stderr=STDOUT, text=True, env=environ, cwd=self.root)
+        command = [str(word) for word in words]
+        process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True, env=environ, cwd=self.root)
         self.clients.append(process)
         return process
 

@@ -80,8 +80,6 @@ def test_file_system_survives(host):
     assert checked.returncode in (0, 1), f"e2fsck -p: {checked.returncode}: {checked.stdout}"
     host.check("e2fsck", "-fn", device)
     place = host.mount(device, "again")
-    for i in range(last + 1):
-        assert host.read(place / f"file-{i % 300}-{i}") == f"{i:08d}" * 1000 if i % 10 == 0 else True
     host.check(sys.executable, "-c", CHECK, place, last)
     host.unmount(place)
     host.detach(device)
@@ -109,4 +107,4 @@ def test_clients_are_released(host):
     server.kill()
     for client in clients:
         done = host.finish(client, 20)
-        assert done.returncode == 1 and "OSError" in done.stdout
+        assert done.returncode == 1 and "[Errno " in done.stdout, done.stdout

@@ -21,8 +21,8 @@ def test_random_operations(host, options, size, seed):
     Method: random_ops.py; then the image against what it expected, byte for byte."""
     server = host.disk(size, options)
     expected = host.root / "expected"
-    words = [sys.executable, "-m", "tests.host.random_ops", server.disk(), seed, 400, expected]
-    assert host.check(*words).endswith("400 operations\n")
+    words = [sys.executable, "-m", "tests.host.random_ops", server.disk(), seed, 1000, expected]
+    assert host.check(*words).endswith("1000 operations\n")
     server.stop()
     assert (host.root / "a.img").read_bytes() == expected.read_bytes()
 

@@ -139,6 +139,13 @@ class Bus:
         self.put(f"{self.back_node(ident)}/state", "1", backend, guest)
         self.put(f"{self.back_node(ident)}/online", "1", backend, guest)
 
+    def ask_to_close(self, ident: int = 0, *, online: bool = True) -> None:
+        """What libxl writes to have a device closed: nothing if the backend is Closed already."""
+        back = self.back_node(ident)
+        if self.toolstack.read(f"{back}/state") != str(int(S.Closed)):
+            self.toolstack.write(f"{back}/online", int(online))
+            self.toolstack.write(f"{back}/state", int(S.Closing))
+
     def pair(self, ident: int = 0) -> tuple[Front, Back]:
         """A device with both drivers started; nothing delivered yet."""
         self.attach(ident)

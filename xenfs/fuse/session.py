@@ -63,7 +63,7 @@ class Session:
         self._scratch = (scratch[:SMALL_LANDING], scratch[SMALL_LANDING:])
         self.landing = self._scratch
         self.writer: Node | None = None  # the node that was written last
-        self.requests = 0
+        self.batch_bytes = 0  # of reads and writes since serve.py began the batch
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -75,15 +75,16 @@ class Session:
 
     def receive(self, length: int) -> None:
         """One request of `length` bytes is in buffers()."""
-        self.requests += 1
         (_, opcode, unique, ino, _, _, _, _, _, fh, offset, size, _, _, flags, _) = _TRANSFER.unpack_from(self.header)
         try:
             if opcode == k.FUSE_READ:
+                self.batch_bytes += size
                 if length < HEADER_BYTES:
                     raise OSError(errno.EINVAL, "short request")
                 self.handles[fh].read(self, unique, offset, size)
             elif opcode == k.FUSE_WRITE:
                 node = self.handles[fh]
+                self.batch_bytes += size
                 if length != HEADER_BYTES + size:
                     raise OSError(errno.EIO, "a write of another length than it says")
                 if node is self.writer:
