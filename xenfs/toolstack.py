@@ -161,6 +161,8 @@ class Toolstack:
         A backend that is Closed already (it failed, or the guest closed the device) is not asked: it would not answer.
         """
         back = f"/local/domain/0/backend/vbd/{domid}/{ident}"
+        if back not in self._watches:
+            raise ValueError(f"domain {domid} has no disk {ident}")
 
         def ask(tx: int) -> None:
             self.client.write(f"{back}/online", 0, tx)

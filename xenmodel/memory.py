@@ -30,7 +30,8 @@ class GuestMemory:
         if pages <= 0:
             raise ValueError(f"a domain needs at least one page of memory, not {pages}")
         self.pages = pages
-        self.fd = os.memfd_create(f"xen-{name}".encode()[:240], os.MFD_CLOEXEC)
+        label = f"xen-{name}".encode(errors="replace")[:240].decode(errors="ignore")  # 249 bytes are allowed
+        self.fd = os.memfd_create(label, os.MFD_CLOEXEC)
         os.ftruncate(self.fd, pages * PAGE_SIZE)
         self._map = mmap.mmap(self.fd, pages * PAGE_SIZE, mmap.MAP_SHARED)
         self.view = memoryview(self._map)

@@ -53,9 +53,10 @@ class Made:
         self.made: Counter[str] = Counter()
 
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event != "call" or frame.f_code.co_name not in ("__init__", "__new__"):
+        name, local = frame.f_code.co_name, frame.f_locals  # a NamedTuple's __new__ is a lambda of _cls
+        if event != "call" or (name not in ("__init__", "__new__") and not (name == "<lambda>" and "_cls" in local)):
             return
-        first = frame.f_locals.get("self", frame.f_locals.get("_cls"))
+        first = local.get("self", local.get("_cls"))
         kind = first if isinstance(first, type) else type(first)
         if kind.__module__.partition(".")[0] in OURS:
             self.made[kind.__qualname__] += 1
@@ -126,6 +127,7 @@ def test_the_counter_counts(world: World) -> None:
     with Made() as counter:
         traffic(disk, lambda: None)
     assert counter.made["Mapping"] >= 32 * ROUNDS and counter.made["Translation"] == 32 * ROUNDS
+    assert counter.made["Frame"] >= 32 * ROUNDS
 
 
 def test_a_batch_is_announced_once(world: World) -> None:

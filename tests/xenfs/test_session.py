@@ -303,6 +303,12 @@ def test_notify_size(desk):
     assert kernel.notices == [(k.FUSE_NOTIFY_INVAL_INODE, k.NOTIFY_INVAL_INODE_OUT.pack(ino, -1, 0))]
 
 
+@pytest.mark.parametrize("opcode", [k.FUSE_CREATE, k.FUSE_MKDIR, k.FUSE_UNLINK, k.FUSE_RENAME2])
+def test_the_tree_is_not_changed_by_request(desk, opcode):
+    """Goal: touch, mkdir, rm and mv say "Operation not permitted".  Method: their requests on the root."""
+    assert desk.kernel.call(opcode, ROOT, b"\0" * 16 + b"new\0other\0") == Reply(errno.EPERM, b"")
+
+
 def test_text_is_of_one_moment(desk):
     """Goal: an open text file does not change while it is read; a new open sees the new one; nobody writes it.
     Method: a text that changes at each look."""

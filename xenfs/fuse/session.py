@@ -287,6 +287,10 @@ class Session:
             if node.interrupt(target):
                 return
 
+    def _change_tree(self, unique: int, ino: int, body: bytes) -> None:
+        """Files come and go with devices, not by request."""
+        raise OSError(errno.EPERM, "the tree is made by the host")
+
     def _destroy(self, unique: int, ino: int, body: bytes) -> None:
         self.send_ok(unique)
 
@@ -309,4 +313,8 @@ OPCODES: dict[int, Callable[[Session, int, int, bytes], None]] = {
     k.FUSE_RELEASEDIR: Session._releasedir,
     k.FUSE_INTERRUPT: Session._interrupt,
     k.FUSE_DESTROY: Session._destroy,
-}
+} | dict.fromkeys(
+    (k.FUSE_CREATE, k.FUSE_MKNOD, k.FUSE_MKDIR, k.FUSE_SYMLINK, k.FUSE_LINK, k.FUSE_UNLINK, k.FUSE_RMDIR, k.FUSE_RENAME,
+     k.FUSE_RENAME2),
+    Session._change_tree,
+)  # fmt: skip
