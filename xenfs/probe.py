@@ -12,6 +12,7 @@ from xenmodel.domain import Domain
 from xenmodel.types import OutOfResources, PeerFault
 from xenmodel.xenbus import XenbusDevice, report_error
 from xenmodel.xenstore.client import Client
+from xenmodel.xenstore.errors import XsError
 
 Make = Callable[[Domain, Client, str, str, int], XenbusDevice]
 MOST_DEVICES = 1024  # of one tree; a store that lists more is not believed
@@ -67,12 +68,15 @@ class Probe:
                 device = make(
                     self.domain, self.client, node, peer, self.client.read_int(f"{node}/{self.peer_key}-id", 0)
                 )
-            except (PeerFault, OutOfResources) as fault:
+            except (PeerFault, OutOfResources, XsError) as fault:
                 report_error(self.client, self.domain.domid, node, fault)
                 return
             self.devices[node] = device
             self.added(device)
-            device.start()
+            try:
+                device.start()
+            except XsError as refusal:  # a peer path that is no path, or a quota
+                device.fail(refusal)
 
     def _drop(self, node: str) -> None:
         device = self.devices.pop(node, None)

@@ -79,7 +79,7 @@ class EventChannels:
         self._lookup = lookup
         self._queue = queue
         self._queued = False
-        self._next = 1
+        self._lowest = 1  # no port below it is free; Xen hands out the lowest
         for i in range(NR_PORTS // 64):
             self.words[_MASK + i] = 0xFFFFFFFFFFFFFFFF  # a kernel boots with every port masked
 
@@ -124,6 +124,7 @@ class EventChannels:
         channel = self.channels.pop(port, None)
         if channel is None:
             return -XEN_EINVAL
+        self._lowest = min(self._lowest, port)
         if channel.state is State.INTERDOMAIN and channel.peer is not None:
             remote = channel.peer.channels[channel.remote_port]
             remote.state, remote.remote_port, remote.peer, remote.remote_domid = State.UNBOUND, 0, None, self.domid
@@ -150,10 +151,9 @@ class EventChannels:
     def _new(self, channel: Channel) -> Port:
         if len(self.channels) >= NR_PORTS - 1:
             return Port(-XEN_ENOSPC)
-        while self._next in self.channels:
-            self._next = self._next % (NR_PORTS - 1) + 1
-        port = self._next
-        self._next = port % (NR_PORTS - 1) + 1
+        while self._lowest in self.channels:
+            self._lowest += 1
+        port = self._lowest
         self.channels[port] = channel
         if channel.handler is not None:
             self.words[_MASK + (port >> 6)] &= ~(1 << (port & 63))  # bind_*_to_irqhandler unmasks

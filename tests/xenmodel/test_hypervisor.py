@@ -185,6 +185,17 @@ def test_a_seed_is_a_run():
     assert trace(None) == trace(None)
 
 
+@pytest.mark.parametrize(("order", "expected"), [(None, "0123"), (lambda n: 0, "0123"), (lambda n: n - 1, "3210")])
+def test_order_picks_whose_turn_it_is(order: Callable[[int], int] | None, expected: str):
+    """Goal: the order of turns is the caller's.  Method: four domains due at once."""
+    hypervisor, ran = Hypervisor(order), []
+    for domid in range(4):
+        events = hypervisor.create_domain(2, str(domid)).events
+        events.send(events.bind_ipi(lambda _, domid=domid: ran.append(str(domid))))  # type: ignore[misc]
+    hypervisor.settle()
+    assert "".join(ran) == expected
+
+
 def test_deliver_says_whether_there_is_more():
     """Goal: the edge's loop can trust the result.  Method: three due domains, one turn at a time; and no turns at all."""
     hypervisor, ran = Hypervisor(), []

@@ -228,10 +228,13 @@ def test_a_switch_writes_only_changes():
     assert not bus.guest_client.connection.transactions
 
 
-def test_a_directory_that_the_toolstack_removed_is_not_made_again():
-    """Goal: no ghost directories (libxl removes the frontend's first).  Method: remove, then switch state."""
+@pytest.mark.parametrize("side", ["front", "back"])
+def test_a_directory_that_the_toolstack_removed_is_not_made_again(side: str):
+    """Goal: no ghost directories, also where the driver's domain might make one.  Method: remove, then switch state."""
     bus = Bus()
-    front, _ = bus.connected()
-    bus.toolstack.rm(front.node)
-    front.switch_state(S.Closed)
-    assert not bus.toolstack.exists(front.node) and front.state is S.Closed
+    front, back = bus.connected()
+    device: XenbusDevice = front if side == "front" else back
+    bus.toolstack.rm(device.node)
+    device.switch_state(S.Closed)
+    assert not bus.toolstack.exists(device.node)
+    assert device.state is S.Closed and device.broken is None

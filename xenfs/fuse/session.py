@@ -313,8 +313,11 @@ OPCODES: dict[int, Callable[[Session, int, int, bytes], None]] = {
     k.FUSE_RELEASEDIR: Session._releasedir,
     k.FUSE_INTERRUPT: Session._interrupt,
     k.FUSE_DESTROY: Session._destroy,
-} | dict.fromkeys(
-    (k.FUSE_CREATE, k.FUSE_MKNOD, k.FUSE_MKDIR, k.FUSE_SYMLINK, k.FUSE_LINK, k.FUSE_UNLINK, k.FUSE_RMDIR, k.FUSE_RENAME,
-     k.FUSE_RENAME2),
-    Session._change_tree,
+}
+OPCODES.update(
+    dict.fromkeys(
+        (k.FUSE_CREATE, k.FUSE_MKNOD, k.FUSE_MKDIR, k.FUSE_SYMLINK, k.FUSE_LINK, k.FUSE_UNLINK, k.FUSE_RMDIR,
+         k.FUSE_RENAME, k.FUSE_RENAME2),
+        Session._change_tree,
+    )
 )  # fmt: skip
