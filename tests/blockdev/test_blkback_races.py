@@ -3,6 +3,8 @@ Method: storages that rewrite guest memory during the call, or that hold request
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from blockdev.storage import DelayedStorage, FaultyStorage, MemoryStorage, Request
@@ -21,7 +23,7 @@ class Rewriting(MemoryStorage):
 
     def __init__(self) -> None:
         super().__init__(SECTORS)
-        self.meanwhile = lambda: None
+        self.meanwhile: Callable[[], None] = lambda: None
 
     def read(self, offset: int, views: list[memoryview], length: int, request: Request) -> int:
         self.meanwhile()
@@ -186,6 +188,34 @@ def test_the_domain_dies_with_requests_in_flight(reads: int) -> None:
     assert footprint.grown() == []
     assert world.backs.devices == {} and world.client.directory("/local/domain/0") == ["domid", "name"]
     world.hypervisor.close()
+
+
+def test_its_directory_vanishes_and_the_frontend_does_not_care() -> None:
+    """Goal: a backend that nobody tells anything any more still lets go when its last request is answered.
+    Method: a frontend that never reacts, reads held by the storage, xenstore-rm of the backend's directory."""
+
+    class Counting(DelayedStorage):
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    storage = Counting(MemoryStorage(SECTORS))
+    world = World(fronts=False)
+    disk = world.attach("xvda", storage)
+    front = ScriptedFront(world, disk).connect()
+    gref, _ = front.data_page()
+    for index in range(3):
+        front.put(front.slot(READ, [(gref, 0, 7)], index), index=index)
+    front.push(3)
+    world.client.rm(disk.back_node)
+    world.settle()
+    assert storage.closed == 0 and len(world.dom0.maptrack.mappings) == 4
+    while storage.release(lambda n: 0):
+        world.settle()
+    assert world.dom0.maptrack.mappings == {} and world.dom0.events.channels == {}
+    assert storage.closed == 1, "an image that stays open keeps its lock"
+    world.close()
 
 
 @pytest.mark.parametrize("states", [(3, 6, 1), (6, 1), (4, 5, 6, 1), (3, 3, 1, 6), (5, 6, 5, 6, 1)])

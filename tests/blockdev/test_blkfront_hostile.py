@@ -3,7 +3,7 @@ Method: a scripted backend that answers by hand; commands in flight fail with ER
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -56,7 +56,7 @@ def case() -> Iterator[Case]:
     it.world.close()
 
 
-LIES = {
+LIES: dict[str, tuple[Callable[[int], tuple[int, int]], str]] = {
     "id out of range": (lambda ident: (32, READ), "id 32"),
     "id huge": (lambda ident: (2**64 - 1, READ), "not out"),
     "id that is not out": (lambda ident: (ident ^ 16, READ), "not out"),
@@ -236,7 +236,7 @@ def test_a_backend_that_never_unmaps_and_a_guest_without_memory() -> None:
     case.world.toolstack.client.rm(case.disk.front_node)
     case.world.settle()
     assert memory.free_pages > 0 and hoard > 0
-    taken = set()
+    taken = set[int]()
     while memory.free_pages:
         taken.add(int(memory.allocate()))
     assert mapping.frame.pfn not in taken, "a page that the backend maps was handed out again"

@@ -3,12 +3,14 @@ Method: real drivers, storages that hold requests back, footprints before and af
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from blockdev.blkback import Offer
 from blockdev.blkfront import Want
 from blockdev.storage import DelayedStorage, MemoryStorage
-from tests.blockdev.world import MIB, SECTORS, World
+from tests.blockdev.world import MIB, SECTORS, Disk, World
 from xenmodel.public.io.blkif import BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from xenmodel.testing import Footprint
 
@@ -114,6 +116,18 @@ def test_the_backend_goes_away_and_comes_back(world: World, held: int) -> None:
             assert storage.inner.data[at : at + 4096] == bytes([round_ + 1]) * 4096
 
 
+def test_another_backend_driver_takes_over(world: World) -> None:
+    """Goal: a driver that is made anew finds a frontend that is Closed since before, and connects.
+    Method: close, drop the driver object, say Initialising again as a toolstack would."""
+    disk = world.attach()
+    assert disk.works()
+    disk.stop_backend()
+    world.backs._drop(disk.back_node)
+    waits = disk.start(READ, 0, 4096)
+    world.write(f"{disk.back_node}/state", 1)
+    assert disk.connected and disk.finish(waits) == BLKIF_RSP_OKAY and disk.works()
+
+
 def test_restarts_do_not_eat_memory(world: World) -> None:
     """Goal: 30 connections use what one uses (a backend maps our pages until we are Closed).  Method: footprint."""
     disk = world.attach()
@@ -152,11 +166,11 @@ def test_online_resize(world: World, sectors: int) -> None:
     assert seen == [sectors], "saying the same size again is no change"
 
 
-GONE = {
+GONE: dict[str, Callable[[World, Disk], object]] = {
     "backend directory": lambda w, d: w.client.rm(d.back_node),
     "frontend directory": lambda w, d: w.client.rm(d.front_node),
-    "both, backend first": lambda w, d: (w.client.rm(d.back_node), w.client.rm(d.front_node)),
-    "both, frontend first": lambda w, d: (w.client.rm(d.front_node), w.client.rm(d.back_node)),
+    "both, backend first": lambda w, d: list(map(w.client.rm, (d.back_node, d.front_node))),
+    "both, frontend first": lambda w, d: list(map(w.client.rm, (d.front_node, d.back_node))),
     "backend state": lambda w, d: w.client.rm(f"{d.back_node}/state"),
     "the whole backend tree": lambda w, d: w.client.rm("/local/domain/0/backend"),
     "the whole device tree": lambda w, d: w.client.rm(f"/local/domain/{w.guest.domid}/device"),

@@ -4,6 +4,7 @@ Method: real drivers on both sides; tables of what one of them offers or asks; t
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -195,7 +196,7 @@ def _full_size_io_aligned(disk: Disk) -> bool:
         ({"cdrom": True, "readonly": True, "removable": True}, True, VDISK_CDROM | VDISK_READONLY),
     ],
 )
-def test_info(world: World, spec: dict[str, bool], readonly: bool, info: int) -> None:
+def test_info(world: World, spec: dict[str, Any], readonly: bool, info: int) -> None:
     """As Linux's blkback wrote it on real Xen: 0, 4, and 5 for a cdrom."""
     disk = world.attach(storage=MemoryStorage(SECTORS, readonly=readonly), **spec)
     assert world.client.read(f"{disk.back_node}/info") == str(info)
