@@ -76,7 +76,7 @@ class Workers:
         for image, request, what, status in done:
             image.outstanding -= 1
             if what == "pwritev":
-                image.writes_outstanding -= 1
+                image.write_done()
             request.complete(status)
         return True
 
@@ -158,7 +158,7 @@ class Image:
         return self._later("preadv", views, offset, request)
 
     def write(self, offset: int, views: list[memoryview], length: int, request: Request) -> int:
-        if length > INLINE_WRITE_BYTES or self.direct or (self._slow_writes and self.writes_outstanding):
+        if length > INLINE_WRITE_BYTES or self.direct or self._slow_writes:
             self.writes_outstanding += 1
             return self._later("pwritev", views, offset, request)
         started = self.clock()
@@ -167,6 +167,12 @@ class Image:
         if self._slow_writes:
             log.debug("%s: a write of %d bytes took long; writing from workers", self.path, length)
         return status
+
+    def write_done(self) -> None:
+        """A worker has written; when all have, the loop tries again whether the host is quick."""
+        self.writes_outstanding -= 1
+        if not self.writes_outstanding:
+            self._slow_writes = False
 
     def flush(self, request: Request) -> int:
         return BLKIF_RSP_OKAY if self.readonly else self._later("flush", 0, 0, request)

@@ -257,15 +257,15 @@ def test_readonly(bench: Bench) -> None:
 
 
 def test_slow_writes_move_to_the_workers(bench: Bench) -> None:
-    """Goal: after a write that took long, and while workers are writing, small writes do not hold up the loop.
-    Method: a clock that jumps during the first write; a large write is under way; then a clock that stands still."""
+    """Goal: after a write that took long small writes do not hold up the loop, until those sent to workers are done.
+    Method: a clock that jumps during the first write; then a clock that stands still."""
     image = bench.open(bench.file(4 * MIB), clock=lambda: bench.now)
     ticks = iter([0.0, 2 * SLOW_WRITE_S])
     image.clock = lambda: next(ticks, 1.0)
     small, request = [bench.buffer(4096)], Done()
     assert image.write(0, small, 4096, request) == BLKIF_RSP_OKAY
-    assert image.write(MIB, [bench.buffer(MIB)], MIB, request) == PENDING
     assert image.write(4096, small, 4096, request) == PENDING
+    assert image.write(8192, small, 4096, request) == PENDING
     bench.wait(image)
     assert image.write(0, small, 4096, request) == BLKIF_RSP_OKAY
     assert image.write(0, small, 4096, request) == BLKIF_RSP_OKAY and request.statuses == [BLKIF_RSP_OKAY] * 2
