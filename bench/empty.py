@@ -31,7 +31,7 @@ class Empty(Node):
     def size(self) -> int:
         return SIZE
 
-    def setattr(self) -> None:
+    def setattr(self, valid: int, size: int) -> None:
         pass
 
     def read(self, session: Session, unique: int, offset: int, size: int) -> None:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import logging
 import os
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -28,6 +30,7 @@ from xenmodel.public.io.blkif import BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKI
 log = logging.getLogger("xenfs.image")
 
 WORKERS = 4
+MOST_JOBS = 16  # of one image with the workers at a time
 INLINE_WRITE_BYTES = 64 * 1024
 SLOW_WRITE_S = 0.002
 IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -54,8 +57,8 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    def put(self, image: Image, what: str, first: Any, second: Any, request: Request) -> None:
-        self._jobs.put((image, what, first, second, request))
+    def put(self, job: Job) -> None:
+        self._jobs.put(job)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -74,9 +77,7 @@ class Workers:
             os.eventfd_read(self.fd)
             done, self._done = self._done, []
         for image, request, what, status in done:
-            image.outstanding -= 1
-            if what == "pwritev":
-                image.write_done()
+            image.job_done(what)
             request.complete(status)
         return True
 
@@ -100,15 +101,21 @@ class Image:
         self.direct = backing.direct_io
         self._nowait_reads = not backing.direct_io  # O_DIRECT waits whatever the flag says
         self._slow_writes = False
+        self._parked: deque[Job] = deque()
         self._failed: set[str] = set()  # operations that were logged already
         flags = (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
         try:
+            if not self.readonly and stat.S_ISBLK(os.stat(self.path).st_mode):
+                flags |= os.O_EXCL  # EBUSY if it is mounted or otherwise claimed
             self.fd = os.open(self.path, flags | os.O_NONBLOCK)  # a pipe would make us wait for its writer
             os.set_blocking(self.fd, True)
         except OSError as error:
             raise StorageError(f"cannot open disk image {self.path}: {error.strerror}") from error
         try:
             self._check(backing)
+        except OSError as error:
+            os.close(self.fd)
+            raise StorageError(f"cannot use disk image {self.path}: {error.strerror}") from error
         except StorageError:
             os.close(self.fd)
             raise
@@ -126,6 +133,9 @@ class Image:
             fcntl.flock(self.fd, (fcntl.LOCK_SH if self.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             raise StorageError(f"disk image {self.path} is in use by another writer") from error
+        loop = _loop_device_of(os.fstat(self.fd)) if stat.S_ISREG(mode) and not self.readonly else None
+        if loop is not None:
+            raise StorageError(f"disk image {self.path} is in use: {loop} is set up on it")
         self.discard_granularity = 0 if self.readonly else DISCARD_GRANULARITY
         self.sectors = self._size()
         if not self.sectors:
@@ -137,7 +147,11 @@ class Image:
 
     def refresh(self) -> bool:
         """Look at the size again; True if it changed (blkback then says so)."""
-        sectors = self._size()
+        try:
+            sectors = self._size()
+        except OSError as error:
+            log.error("disk image %s: its size cannot be read: %s", self.path, error.strerror)
+            return False
         changed, self.sectors = sectors != self.sectors, sectors
         return changed
 
@@ -168,12 +182,6 @@ class Image:
             log.debug("%s: a write of %d bytes took long; writing from workers", self.path, length)
         return status
 
-    def write_done(self) -> None:
-        """A worker has written; when all have, the loop tries again whether the host is quick."""
-        self.writes_outstanding -= 1
-        if not self.writes_outstanding:
-            self._slow_writes = False
-
     def flush(self, request: Request) -> int:
         return BLKIF_RSP_OKAY if self.readonly else self._later("flush", 0, 0, request)
 
@@ -190,9 +198,23 @@ class Image:
     # --- in a worker, or here when it will not wait -------------------------------------------------------------------
 
     def _later(self, what: str, first: Any, second: Any, request: Request) -> int:
+        """To a worker; a guest that asks for much waits here, not in front of the others."""
         self.outstanding += 1
-        self.workers.put(self, what, first, second, request)
+        if self.outstanding > MOST_JOBS:
+            self._parked.append((self, what, first, second, request))
+        else:
+            self.workers.put((self, what, first, second, request))
         return PENDING
+
+    def job_done(self, what: str) -> None:
+        """A worker has finished one of ours. When all writes are done, the loop tries again whether the host is quick."""
+        self.outstanding -= 1
+        if self._parked:
+            self.workers.put(self._parked.popleft())
+        if what == "pwritev":
+            self.writes_outstanding -= 1
+            if not self.writes_outstanding:
+                self._slow_writes = False
 
     def perform(self, what: str, first: Any, second: Any) -> int:
         if what == "flush":
@@ -239,6 +261,19 @@ class Image:
 
 def _ioctl_u32(fd: int, number: int) -> int:
     return int.from_bytes(fcntl.ioctl(fd, number, bytes(4)), "little")
+
+
+def _loop_device_of(image: os.stat_result) -> str | None:
+    """The loop device that writes to this file, if any: a loop device takes no lock."""
+    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
+        try:
+            with open(path) as file:
+                backing = os.stat(file.read().rstrip("\n"))
+        except OSError:
+            continue  # gone meanwhile, or deleted
+        if (backing.st_dev, backing.st_ino) == (image.st_dev, image.st_ino):
+            return "/dev/" + path.split("/")[3]
+    return None
 
 
 def _rest(views: list[memoryview], done: int) -> list[memoryview]:

@@ -1,4 +1,7 @@
-"""cli.py: the `xenfs` command. Exit codes: 0 done, 1 it could not be done (one line says why), 2 wrong usage."""
+"""cli.py: the `xenfs` command.
+
+Exit codes: 0 done, 1 it could not be done (one line says why), 2 wrong usage, 130 interrupted before it was ready.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return 130  # interrupted before there was anything to serve; what there was is undone
+
+
+def _run(argv: Sequence[str] | None) -> int:
     options = parser().parse_args(argv)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(name)s: %(levelname)s: %(message)s", stream=sys.stderr

@@ -110,7 +110,7 @@ def load_config(path: str) -> GuestConfig:
         with open(path, "rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
-        raise ConfigError(path, 0, f"cannot be read: {error}") from None
+        raise ConfigError(path, 0, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(path, 0, f"is larger than {MAX_CONFIG_BYTES} bytes")
     try:

@@ -9,6 +9,7 @@ or running, and the scratch directory goes (unless it was asked for). Nothing is
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -37,6 +38,12 @@ POLL_S = 0.02
 MOST_LINES, MOST_COLUMNS = 12, 150  # of a command's output
 
 Process = subprocess.Popen[Any]
+
+
+def _end_with_parent() -> None:
+    """In the server, before it starts: SIGTERM when the demo dies in whatever way, so that its mount goes too."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StepError(Exception):
@@ -189,6 +196,7 @@ class Scene:
                 stderr=log,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         deadline = time.monotonic() + READY_S
         while "ready\n" not in self._said():

@@ -13,6 +13,7 @@ from blockdev.vdev import vdev_name
 from xenfs.fuse.tree import Directory
 from xenfs.nodes.disk import Disk
 from xenfs.nodes.text import Text, vbd
+from xenmodel.types import PeerFault
 from xenmodel.xenbus import XenbusDevice
 
 
@@ -29,12 +30,17 @@ class DiskExport:
     """dev/xvda: there once the device is Connected; inspect/vbd/xvda: there from the start."""
 
     def __init__(self, front: Blkfront, dev: Directory, inspect: Directory) -> None:
-        self.front = front
-        self.name = vdev_name(front.handle)
-        self.dev = dev
-        self.disk: Disk | None = None
         kind = inspect.children.get(b"vbd") or inspect.add("vbd", Directory())
         assert isinstance(kind, Directory), "inspect/vbd is a directory"
+        self.front = front
+        try:
+            self.name = vdev_name(front.handle)
+        except ValueError as error:
+            raise PeerFault(f"{front.node}/virtual-device: {error}") from error
+        if self.name.encode() in kind.children:
+            raise PeerFault(f"{front.node}/virtual-device: there is another {self.name}")
+        self.dev = dev
+        self.disk: Disk | None = None
         self.inspect = kind
         kind.add(self.name, Text(lambda: vbd(front)))
 

@@ -109,7 +109,8 @@ class World:
                 "evtchn": Text(lambda: text.evtchn(domain)),
                 "grants": Text(lambda: text.grants(domain)),
                 "rings": Text(lambda: self._rings(domain)),
-            }
+            },
+            private=True,
         )
         children = {
             "name": Text(lambda: f"{domain.name}\n"),
@@ -126,10 +127,10 @@ class World:
 
     def _changed(self, guest: Guest, front: Blkfront, export: Export) -> None:
         export.refresh()
-        mib = front.sectors / 2048
+        size = f"{front.sectors / 2048:g} MiB" if front.sectors >= 2048 else f"{front.sectors * 512} bytes"
         if front.state is XenbusState.Connected:
             mode = "read-only" if front.readonly else "read-write"
-            self.announce(f"{guest.config.name} {export.name}: {mib:g} MiB, {mode}, connected")
+            self.announce(f"{guest.config.name} {export.name}: {size}, {mode}, connected")
 
     def _dropped(self, guest: Guest, device: XenbusDevice) -> None:
         export = guest.exports.pop(device.node, None)
@@ -181,14 +182,18 @@ class World:
         )
         reasons = [reason for path in paths if (reason := self.toolstack.client.read(path))]
         # the number in front is for programs that read the node
-        return "; ".join(reason.partition(" ")[2] for reason in reasons) or "did not connect"
+        if reasons:
+            return "; ".join(reason.partition(" ")[2] for reason in reasons)
+        node = f"/local/domain/{domid}/device/vbd/{ident}"
+        front = guest.probe.devices.get(node)
+        return guest.probe.failures.get(node) or (front and front.broken) or "did not connect"
 
     def refresh_images(self) -> None:
         """Look at the size of every image again (SIGHUP): a resize is announced to its guest."""
         for back in self.backs():
             if isinstance(back.storage, Image) and back.storage.refresh():
                 back.resized()
-        self.hypervisor.settle()
+        self.kick()
 
     # --- tasks -------------------------------------------------------------------------------------------------------
 

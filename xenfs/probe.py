@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from xenmodel.domain import Domain
+from xenmodel.public.xen import DOMID_FIRST_RESERVED
 from xenmodel.types import OutOfResources, PeerFault
 from xenmodel.xenbus import XenbusDevice, report_error
 from xenmodel.xenstore.client import Client
@@ -29,6 +30,7 @@ class Probe:
         self.depth = 2 if tree == "device" else 3
         self.makers = makers
         self.devices: dict[str, XenbusDevice] = {}
+        self.failures: dict[str, str] = {}  # why a device has no driver; the store may have refused to hold the reason
         self.added: Callable[[XenbusDevice], None] = lambda _device: None
         self.dropped: Callable[[XenbusDevice], None] = lambda _device: None
 
@@ -60,23 +62,25 @@ class Probe:
             return
         if not self.client.exists(node):
             self._drop(node)
+            self.failures.pop(node, None)
         elif node not in self.devices and len(self.devices) < MOST_DEVICES:
             peer = self.client.read(f"{node}/{self.peer_key}")
             if peer is None or not self.client.exists(f"{node}/state"):
                 return  # not whole yet: it will change again
-            try:
-                device = make(
-                    self.domain, self.client, node, peer, self.client.read_int(f"{node}/{self.peer_key}-id", 0)
-                )
-            except (PeerFault, OutOfResources, XsError) as fault:
-                report_error(self.client, self.domain.domid, node, fault)
-                return
-            self.devices[node] = device
+            self._make(make, node, peer)
+
+    def _make(self, make: Make, node: str, peer: str) -> None:
+        """A driver for `node`. Whatever is wrong with its nodes, or short in its domain, costs this device only."""
+        try:
+            peer_domid = self.client.read_int(f"{node}/{self.peer_key}-id", 0, maximum=DOMID_FIRST_RESERVED - 1)
+            device = self.devices[node] = make(self.domain, self.client, node, peer, peer_domid)
             self.added(device)
-            try:
-                device.start()
-            except XsError as refusal:  # a peer path that is no path, or a quota
-                device.fail(refusal)
+            device.start()
+            self.failures.pop(node, None)
+        except (PeerFault, OutOfResources, XsError) as fault:
+            self._drop(node)
+            self.failures[node] = str(fault)
+            report_error(self.client, self.domain.domid, node, fault)
 
     def _drop(self, node: str) -> None:
         device = self.devices.pop(node, None)

@@ -1,7 +1,8 @@
 """up.py: `xenfs up`: build the world, mount it, serve until a signal, take everything down again.
 
-Order at the end: detach the mount, so that nothing new comes; finish what clients have under way; flush every disk; close
-the devices; destroy the domains. Whatever fails on the way, the rest is still done.
+Order at the end: write back what is still mounted on a disk (sync); detach the mount, so that nothing new comes; finish
+what clients have under way; flush every disk; close the devices; destroy the domains. Whatever fails on the way, the rest
+is still done.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import AsyncIterator, Sequence
 import trio
 
 from xenfs.config import GuestConfig
-from xenfs.fuse.mount import Mount, mount, set_io_flusher
+from xenfs.fuse.mount import Mount, check_mountpoint, mount, set_io_flusher
 from xenfs.fuse.serve import Server, sender
 from xenfs.fuse.session import Session
 from xenfs.host import World
+from xenfs.nodes.disk import Disk
 
 log = logging.getLogger("xenfs.up")
 
@@ -26,14 +28,22 @@ DRAIN_S = 10.0
 
 
 def say(line: str) -> None:
-    """What a user, or a program that started us, waits for: flushed at once."""
-    print(line, flush=True)
+    """What a user, or a program that started us, waits for: flushed at once. Nobody listening is no reason to stop."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as we live)
 
 
 def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None = None) -> None:
     """Serve `configs` under `mountpoint` until SIGINT or SIGTERM. HostError or MountError if it cannot be done."""
     # 5 ms, the default, is how long a disk worker that has finished may wait for the interpreter
     sys.setswitchinterval(0.0005)
+    # until the loop listens for it, SIGTERM unwinds as Ctrl-C does: nothing is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not set_io_flusher():
+        log.info("not permitted to be an IO flusher (see docs/deadlocks.md)")
+    check_mountpoint(mountpoint)
     world = World()
     world.announce = say
     try:
@@ -41,9 +51,8 @@ def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None
             world.create(config)
             world.settle()
         world.check_connected()
-        if not set_io_flusher():
-            log.info("not permitted to be an IO flusher (see docs/deadlocks.md)")
-        mounted = mount(mountpoint, fsname="xenfs", allow_other=os.geteuid() == 0 if allow_other is None else allow_other)
+        everyone = os.geteuid() == 0 if allow_other is None else allow_other
+        mounted = mount(mountpoint, fsname="xenfs", allow_other=everyone)
         try:
             trio.run(_serve, world, mounted)
         finally:
@@ -63,7 +72,7 @@ async def _serve(world: World, mounted: Mount) -> None:
             nursery.start_soon(_obey, signals, world, stop)
             say("ready")
             await stop.wait()
-            await _finish(world, mounted)
+            await _finish(world, session, mounted)
             session.send = lambda _reply: None  # closing devices still notify; the descriptor may be reused
             nursery.cancel_scope.cancel()
 
@@ -81,17 +90,20 @@ async def _obey(signals: AsyncIterator[int], world: World, stop: trio.Event) -> 
             stop.set()
 
 
-async def _finish(world: World, mounted: Mount) -> None:
+async def _finish(world: World, session: Session, mounted: Mount) -> None:
     """Take the mount away (in a thread: the kernel may ask us something), finish what is under way, flush."""
+    if session.has_open(Disk):
+        # a file system may be mounted on a disk through a loop device: what it has not written yet is written now
+        log.warning("a disk is still open: syncing, then its users are cut off")
+        with trio.move_on_after(DRAIN_S):
+            await trio.to_thread.run_sync(os.sync, abandon_on_cancel=True)
     await trio.to_thread.run_sync(mounted.detach)
     if not await world.drain(DRAIN_S):
         log.warning("requests were still under way after %g s", DRAIN_S)
-    flushed = 0
     for _, front in world.fronts():
-        command = front.take(0)
-        if command is not None and not front.readonly:
+        command = None if front.readonly else front.take(0)
+        if command is not None:
             command.context = front.give
             front.flush(command)
-            flushed += 1
-    if flushed and not await world.drain(DRAIN_S):
+    if not await world.drain(DRAIN_S):
         log.warning("a flush did not finish within %g s", DRAIN_S)

@@ -81,6 +81,7 @@ class GrantTable:
         self.max_frames = max_frames
         self.active: dict[int, Active] = {}
         self._frames: list[memoryview] = []  # each frame as 1024 u32 words: flags | domid << 16, pfn
+        self._granted: set[int] = set()
         self._free: list[int] = []  # LIFO, so that the references in use stay few and low
 
     # --- the guest's half ------------------------------------------------------------------------------------------
@@ -98,6 +99,7 @@ class GrantTable:
         while ref >= len(self._frames) * ENTRIES_PER_FRAME:
             self._grow()
         words, i = self._frames[ref >> 9], (ref & 511) << 1
+        self._granted.add(ref)
         words[i + 1] = pfn
         words[i] = GTF_permit_access | (GTF_readonly if readonly else 0) | domid << 16
 
@@ -106,7 +108,8 @@ class GrantTable:
         words, i = self._frames[ref >> 9], (ref & 511) << 1
         if words[i] & (GTF_reading | GTF_writing):
             return False
-        assert words[i] & GTF_type_mask, f"grant {ref} ended twice"
+        assert ref in self._granted, f"grant {ref} ended twice"
+        self._granted.remove(ref)  # the entry itself is guest memory: another program there may have zeroed it
         words[i] = 0
         if ref >= RESERVED_REFS:
             self._free.append(ref)

@@ -35,7 +35,7 @@ class Hypervisor:
         self.domains: dict[int, Domain] = {}
         self.store = Store(quota or Quota(), wake=self._queue_connection)
         self._due: deque[EventChannels | Connection] = deque()
-        self._deferred: list[Callable[[], None]] = []
+        self._deferred: deque[Callable[[], None]] = deque()
         self._next_domid = 0
         self._delivering = False
 
@@ -115,9 +115,7 @@ class Hypervisor:
         try:
             while turns > 0:
                 while self._deferred:
-                    actions, self._deferred = self._deferred, []
-                    for action in actions:
-                        action()
+                    self._deferred.popleft()()
                 if not due:
                     break
                 turns -= 1

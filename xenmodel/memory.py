@@ -53,7 +53,8 @@ class GuestMemory:
                 else:
                     self._free[i] = (first + count, length - count)
                 return Pfn(first)
-        raise OutOfMemory(f"no {count} contiguous free frames ({self.free_pages} of {self.pages} are free)")
+        free = f"{self.free_pages} of {self.pages} are free"
+        raise OutOfMemory(f"no {count} contiguous free frames ({free}): give the domain more memory")
 
     def release(self, pfn: Pfn, count: int = 1) -> None:
         """Give frames back; the host gets the memory, and the next owner reads zeroes."""
@@ -120,5 +121,5 @@ def vmap(frames: Sequence[Frame]) -> memoryview:
             address, PAGE_SIZE, protection, mmap.MAP_SHARED | MAP_FIXED, frame.memory.fd, frame.pfn * PAGE_SIZE
         )
         if got != address:
-            raise OSError(ctypes.get_errno(), "mmap of a guest frame failed")
+            raise OutOfMemory(f"a guest frame cannot be mapped: {os.strerror(ctypes.get_errno())}")
     return memoryview(window)

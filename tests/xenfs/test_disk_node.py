@@ -104,12 +104,22 @@ def test_fsync_is_a_flush(pair):
 
 
 def test_attributes(pair):
-    """Goal: the size is the disk's; changes of size, mode and times are accepted and change nothing.
-    Method: GETATTR, SETATTR with everything set, GETATTR."""
+    """Goal: the size is the disk's; O_TRUNC and times are accepted and change nothing; growing, mode and owner are refused.
+    Method: GETATTR, then SETATTR with each set."""
     ino = pair.kernel.walk(DISK)
     before = pair.kernel.call(k.FUSE_GETATTR, ino, k.GETATTR_IN.pack(0, 0, 0))
     assert k.ATTR_OUT.unpack(before.data)[4] == END
-    assert pair.kernel.call(k.FUSE_SETATTR, ino, k.SETATTR_IN.pack(0x7FF, 0, 0, *[0] * 13)) == before
+    times = 0x7FF & ~(k.FATTR_MODE | k.FATTR_UID | k.FATTR_GID)
+    for valid, size, error in (
+        (times, 0, 0),
+        (k.FATTR_SIZE, END, 0),
+        (k.FATTR_SIZE, END + 1, errno.EINVAL),
+        (k.FATTR_MODE, 0, errno.EPERM),
+        (k.FATTR_UID, 0, errno.EPERM),
+        (k.FATTR_GID, 0, errno.EPERM),
+    ):
+        reply = pair.kernel.call(k.FUSE_SETATTR, ino, k.SETATTR_IN.pack(valid, 0, 0, size, *[0] * 12))
+        assert reply == before if not error else reply.error == error
     assert len(pair.storage.data) == END
 
 

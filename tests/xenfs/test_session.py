@@ -56,7 +56,7 @@ class Paper(Node):
         self._note("fallocate", offset, length, mode)
         session.send_ok(unique)
 
-    def setattr(self) -> None:
+    def setattr(self, valid: int, size: int) -> None:
         self._note("setattr")
 
     def interrupt(self, unique: int) -> bool:

@@ -123,6 +123,11 @@ def mount(
     return made
 
 
+def check_mountpoint(mountpoint: str) -> None:
+    """MountError if mount() would refuse this directory; a dead mount on it is cleared away."""
+    _free_directory(os.path.abspath(mountpoint))
+
+
 def set_io_flusher() -> bool:
     """Tell the kernel that this process serves block I/O: its allocations then never wait for writeback.
 

@@ -149,6 +149,10 @@ class Session:
     def send_error(self, unique: int, number: int) -> None:
         self.send([k.OUT_HEADER.pack(16, -number, unique)])
 
+    def has_open(self, kind: type[Node]) -> bool:
+        """Does somebody hold a file of that kind open?"""
+        return any(isinstance(node, kind) for node in self.handles.values())
+
     def notify_size(self, node: Node) -> None:
         """A node's size changed: the kernel shall ask again. Attributes only (offset -1), which cannot wait for us."""
         if node.links:
@@ -166,7 +170,7 @@ class Session:
         )
         reply = k.INIT_OUT.pack(
             7, min(minor, k.FUSE_KERNEL_MINOR_VERSION), readahead, flags & wanted,
-            1024, 768,  # max_background, congestion_threshold: asynchronous direct I/O counts as background
+            128, 96,  # max_background, congestion_threshold: asynchronous direct I/O counts as background
             MAX_WRITE, 1, MAX_WRITE // 4096, 0, 0, 0, 0,
         )  # fmt: skip
         self.send_data(unique, [reply])
@@ -223,7 +227,8 @@ class Session:
         self.send_data(unique, [k.ATTR_OUT.pack(node.attr_timeout_s, 0, 0, *self._attributes(node))])
 
     def _setattr(self, unique: int, ino: int, body: bytes) -> None:
-        self._node(ino).setattr()
+        valid, _, _, size, *_ = k.SETATTR_IN.unpack_from(body)
+        self._node(ino).setattr(valid, size)
         self._getattr(unique, ino, body)
 
     def _readlink(self, unique: int, ino: int, body: bytes) -> None:
@@ -253,7 +258,7 @@ class Session:
         self.handles[fh].fallocate(self, unique, offset, length, mode)
 
     def _statfs(self, unique: int, ino: int, body: bytes) -> None:
-        self.send_data(unique, [k.KSTATFS.pack(0, 0, 0, len(self.nodes), 0, 4096, NAME_MAX, 4096, 0)])
+        self.send_data(unique, [k.KSTATFS.pack(0, 0, 0, 0, 0, 4096, NAME_MAX, 4096, 0)])
 
     def _opendir(self, unique: int, ino: int, body: bytes) -> None:
         """The listing is taken here, so that a reader sees one moment and offsets stay true."""

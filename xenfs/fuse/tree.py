@@ -69,12 +69,12 @@ class Node:
     def fallocate(self, session: Session, unique: int, offset: int, length: int, mode: int) -> None:
         raise refuse(errno.EOPNOTSUPP)
 
-    def setattr(self) -> None:
-        """Any change of attributes; times and sizes that mean nothing here are accepted and ignored."""
+    def setattr(self, valid: int, size: int) -> None:
+        """A change of the attributes in `valid` (FATTR_*)."""
         raise refuse(errno.EPERM)
 
     def interrupt(self, unique: int) -> bool:
-        """The caller of a request that is not answered yet wants out; True if it was given up (and answered EINTR)."""
+        """The caller of a request that is not answered yet wants out; True if it is given up (answered EINTR, or soon)."""
         return False
 
     def release(self) -> None:
@@ -91,7 +91,9 @@ class Directory(Node):
     mode = stat.S_IFDIR | 0o555
     nlink = 2
 
-    def __init__(self, children: dict[str, Node] | None = None) -> None:
+    def __init__(self, children: dict[str, Node] | None = None, *, private: bool = False) -> None:
+        if private:  # only for who serves the mount
+            self.mode = stat.S_IFDIR | 0o500
         self.children = {name.encode(): node for name, node in (children or {}).items()}
 
     def lookup(self, name: bytes) -> Node | None:
@@ -135,14 +137,10 @@ class Snapshot(Node):
 
 
 class Bytes(Node):
-    """A small computed file. Its size is that of its text now, so that `cp` and `wc` are not misled."""
+    """A small computed file. Like a file of procfs it has no size: asking for it must not cost what reading it costs."""
 
     def text(self) -> bytes:
         raise NotImplementedError
-
-    @property
-    def size(self) -> int:
-        return len(self.text())
 
     def open(self, flags: int) -> Opened:
         if flags & os.O_ACCMODE != os.O_RDONLY:

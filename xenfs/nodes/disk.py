@@ -4,9 +4,9 @@ Aligned reads and writes are one command each, by the short way at the top. What
 hole punching) is a generator that owns one command and yields the steps it wants done. Both wait in `backlog` when
 commands run out or when a range is being read, modified and written back.
 
-As of a Linux block device: reads past the end are short, writes at or past it ENOSPC; changes of size and times are
-accepted and ignored; fsync is a flush. Punching a hole is a discard of the whole blocks inside and zeroes at the ragged
-ends; that a discarded block reads as zeroes is the backend's doing (ours does it).
+As of a Linux block device: reads past the end are short, writes at or past it ENOSPC; O_TRUNC and times are accepted and
+ignored; fsync is a flush. Punching a hole is a discard of the whole blocks inside and zeroes at the ragged ends; that a
+discarded block reads as zeroes is the backend's doing (ours does it).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from blockdev.blkfront import Blkfront
 from blockdev.command import LARGE_BYTES, SMALL_BYTES, Command
+from xenfs.fuse.kernel import FATTR_GID, FATTR_MODE, FATTR_SIZE, FATTR_UID
 from xenfs.fuse.session import Session
 from xenfs.fuse.tree import Node, Opened, refuse
 from xenmodel.public.io.blkif import (
@@ -60,6 +61,7 @@ class Disk(Node):
         self.bytes = 0
         self.block_mask = SECTOR_SIZE - 1
         self.backlog: deque[Waiting] = deque()
+        self.stepping: dict[int, bool] = {}  # requests of many steps: was it interrupted?
         self.locked: list[tuple[int, int]] = []  # spans that a read-modify-write has for itself
         # bound once: looking a method up makes an object, and these are used by every request
         self._read_done, self._write_done, self._flush_done = self._reply_read, self._reply_written, self._reply_ok
@@ -78,8 +80,12 @@ class Disk(Node):
     def size(self) -> int:
         return self.bytes
 
-    def setattr(self) -> None:
-        pass
+    def setattr(self, valid: int, size: int) -> None:
+        """As a block device takes O_TRUNC and times: without effect. It cannot grow, or change hands, from this side."""
+        if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
+            raise refuse(errno.EPERM)
+        if valid & FATTR_SIZE and size > self.bytes:
+            raise refuse(errno.EINVAL)
 
     def open(self, flags: int) -> Opened:
         if flags & os.O_ACCMODE != os.O_RDONLY and self.front.readonly:
@@ -218,6 +224,9 @@ class Disk(Node):
                 self.backlog.remove(waiting)
                 self.session.send_error(unique, errno.EINTR)
                 return True
+        if unique in self.stepping:  # zeroing a large range, say: it ends after the step that is under way
+            self.stepping[unique] = True
+            return True
         return False
 
     def _is_locked(self, start: int, end: int) -> bool:
@@ -242,11 +251,14 @@ class Disk(Node):
         def start(command: Command) -> None:
             if span is not None:
                 self.locked.append(span)
+            self.stepping[unique] = False
             todo = steps(command)
 
             def step(_: Command) -> None:
                 status = command.status
                 try:
+                    if self.stepping[unique]:
+                        raise refuse(errno.EINTR)
                     if status:
                         raise refuse(errno.EOPNOTSUPP if status == BLKIF_RSP_EOPNOTSUPP else errno.EIO)
                     op, offset, size = next(todo)
@@ -259,6 +271,7 @@ class Disk(Node):
                     command.unique, command.context = unique, step
                     self.front.submit(command, op, offset // SECTOR_SIZE, size)
                     return
+                del self.stepping[unique]
                 if span is not None:
                     self.locked.remove(span)
                 self._give(command)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from xenfs.fuse.session import NAME_MAX
 from xenfs.fuse.tree import Bytes, Directory, Node
 from xenmodel.xenstore.connection import Connection
 from xenmodel.xenstore.errors import XsError
@@ -23,6 +24,7 @@ class StoreTree:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self._nodes: dict[tuple[str, bool], Node] = {}
+        self._purge_at = _FORGOTTEN_AT
 
     def node(self, path: str) -> Node | None:
         """The node at a store path, or None."""
@@ -35,8 +37,9 @@ class StoreTree:
     def remember(self, path: str, is_directory: bool) -> Node:
         key = (path, is_directory)
         if key not in self._nodes:
-            if len(self._nodes) >= _FORGOTTEN_AT:
+            if len(self._nodes) >= self._purge_at:
                 self._nodes = {k: node for k, node in self._nodes.items() if node.links}
+                self._purge_at = max(_FORGOTTEN_AT, 2 * len(self._nodes))  # so that purging costs little per node
             self._nodes[key] = StoreDirectory(self, path) if is_directory else StoreValue(self, path)
         return self._nodes[key]
 
@@ -59,7 +62,7 @@ class StoreDirectory(Directory):
     """A store node with children."""
 
     def __init__(self, tree: StoreTree, path: str) -> None:
-        super().__init__()
+        super().__init__(private=path == "/")
         self.tree = tree
         self.path = path
 
@@ -85,5 +88,5 @@ class StoreDirectory(Directory):
             yield VALUE_NAME, self.tree.remember(self.path, False)
         for name in names:
             node = self.tree.node(self._child(name))
-            if node is not None:
+            if node is not None and len(name) <= NAME_MAX:  # a store name may be longer than a file's
                 yield name.encode(), node
