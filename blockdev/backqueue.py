@@ -56,10 +56,10 @@ class Request:
 class Statistics:
     """Counts as in Linux's sysfs directory of a vbd; `errors` are requests answered with an error."""
 
-    __slots__ = ("ds_req", "errors", "f_req", "last_error", "oo_req", "rd_req", "rd_sect", "wr_req", "wr_sect")
+    __slots__ = ("ds_req", "errors", "f_req", "last_error", "rd_req", "rd_sect", "wr_req", "wr_sect")
 
     def __init__(self) -> None:
-        self.rd_req = self.wr_req = self.f_req = self.ds_req = self.oo_req = self.rd_sect = self.wr_sect = 0
+        self.rd_req = self.wr_req = self.f_req = self.ds_req = self.rd_sect = self.wr_sect = 0
         self.errors = 0
         self.last_error = ""
 
@@ -79,6 +79,7 @@ class Queue:
         self.running = 0  # requests that wait for the storage
         self.barrier: Request | None = None  # nothing is taken from the ring while one is under way
         self.stopped = False
+        self._push_deferred = False
         self.statistics = Statistics()
         self.most_segments = max(back.offered.max_indirect_segments or 0, 0)
 
@@ -178,6 +179,7 @@ class Queue:
             raise ValueError(f"{count} indirect segments; 1..{most} are offered")
         kept = self.grants.kept.get(grefs[0])
         if kept is not None and count <= SEGMENTS_PER_INDIRECT_PAGE:
+            self.grants.used[grefs[0]] = self.grants.tick
             return op, ident, sector, bytes(kept.view[: count * SEGMENT_SIZE])
         data = b""
         for gref in grefs[: -(-count // SEGMENTS_PER_INDIRECT_PAGE)]:
@@ -235,8 +237,15 @@ class Queue:
             self._barrier_step(request, status)
             return
         self._answer(request, status)
-        self._push()
+        if not self._push_deferred:  # one push for all that the workers have done
+            self._push_deferred = True
+            self.back.domain.hypervisor.defer(self._late_push)
         self._after_completion()
+
+    def _late_push(self) -> None:
+        self._push_deferred = False
+        if not self.stopped:
+            self._push()
 
     def _answer(self, request: Request, status: int) -> None:
         translation, request.translation = request.translation, None

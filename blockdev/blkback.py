@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from blockdev.backqueue import Queue
 from blockdev.grants import DEFAULT_CAP, GrantCache
-from blockdev.storage import Storage
+from blockdev.storage import Backing, Storage, StorageError
 from xenmodel.domain import Domain
 from xenmodel.grant_table import Mapping
 from xenmodel.memory import Frame, vmap
@@ -27,10 +27,7 @@ from xenmodel.ring import BackRing
 from xenmodel.types import PeerFault
 from xenmodel.xenbus import Backend
 from xenmodel.xenstore.client import Client
-
-
-class StorageError(Exception):
-    """The image cannot be opened; the text names it and why."""
+from xenmodel.xenstore.errors import XsError
 
 
 @dataclass(frozen=True)
@@ -45,17 +42,6 @@ class Offer:
     barrier: bool = True
     discard: bool = True
     persistent_cap: int = DEFAULT_CAP
-
-
-@dataclass(frozen=True)
-class Backing:
-    """What the toolstack's nodes say about the image: `path`, and how to open it. None: as the image has it."""
-
-    path: str
-    readonly: bool = False
-    sector_size: int | None = None
-    physical_sector_size: int | None = None
-    direct_io: bool = False
 
 
 class Blkback(Backend):
@@ -79,6 +65,7 @@ class Blkback(Backend):
         self.abi: Abi = ABIS["x86_64-abi"]
         self._path_watch: str | None = None
         self._stopped = False
+        self.discard_enabled = False
         self.on_removed: Callable[[], None] | None = None
 
     # --- handshake -------------------------------------------------------------------------------------------------
@@ -211,8 +198,6 @@ class Blkback(Backend):
         client.transact(work)
         self.discard_enabled = discard
 
-    discard_enabled = False
-
     def _info(self, storage: Storage) -> int:
         cdrom = self.client.read(f"{self.node}/device-type") == "cdrom"
         removable = self.client.read(f"{self.node}/removable") == "1" and not cdrom
@@ -223,16 +208,23 @@ class Blkback(Backend):
         )
 
     def resized(self) -> None:
-        """The storage's size changed: rewrite `sectors` and say Connected again, as Linux's xen_vbd_resize() does."""
+        """The storage's size changed: rewrite `sectors` and say Connected again, as Linux's xen_vbd_resize() does.
+
+        Not if the toolstack has said Closing meanwhile.
+        """
         if self.state is not XenbusState.Connected or self.storage is None:
             return
-        sectors = self.storage.sectors
+        sectors, connected = self.storage.sectors, str(int(XenbusState.Connected))
 
         def work(tx: int) -> None:
-            self.client.write(f"{self.node}/sectors", sectors, tx)
-            self.client.write(f"{self.node}/state", int(XenbusState.Connected), tx)
+            if self.client.read(f"{self.node}/state", tx) == connected:
+                self.client.write(f"{self.node}/sectors", sectors, tx)
+                self.client.write(f"{self.node}/state", connected, tx)
 
-        self.client.transact(work)
+        try:
+            self.client.transact(work)
+        except XsError as error:
+            self.fail(error)
 
     # --- closing ---------------------------------------------------------------------------------------------------
 

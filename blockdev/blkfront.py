@@ -72,7 +72,8 @@ class Blkfront(Frontend):
         self.waiting: deque[Command] = deque()  # submitted, and not on a ring yet
         self.sectors = self.info = 0
         self.sector_size = self.physical_sector_size = SECTOR_SIZE
-        self.discard_granularity = 0  # 0: the backend does not offer discard
+        self.discard_granularity = 0  # bytes; 0: the backend does not offer discard
+        self.discard_alignment = 0  # where the first granule begins
         self.flush_op = 0  # BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER, or 0: nothing to flush with
         self.most_segments = BLKIF_MAX_SEGMENTS_PER_REQUEST
         self.persistent = False
@@ -123,6 +124,17 @@ class Blkfront(Frontend):
     def flush(self, command: Command) -> None:
         """Everything acknowledged so far is on stable storage when this command completes."""
         self.submit(command, BLKIF_OP_FLUSH_DISKCACHE, 0, 0)
+
+    def cancel(self, command: Command) -> bool:
+        """Give up a command that is on no ring yet; its consumer has it back. False: too late."""
+        if command not in self.waiting:
+            return False
+        self.waiting.remove(command)
+        return True
+
+    @property
+    def connected(self) -> bool:
+        return self.state is XenbusState.Connected and not self.broken
 
     def _publish(self) -> None:
         """Put what waits on the rings, and tell the backend once."""
@@ -247,7 +259,7 @@ class Blkfront(Frontend):
             self.flush_op = BLKIF_OP_FLUSH_DISKCACHE
         self.discard_granularity = 0
         if number(f"{peer}/feature-discard", 0):
-            self.discard_granularity = number(f"{peer}/discard-granularity", self.sector_size) or self.sector_size
+            self._read_discard()
         self.domain.hypervisor.defer(self._went_live)
 
     def _went_live(self) -> None:
@@ -268,6 +280,14 @@ class Blkfront(Frontend):
             raise PeerFault(f"physical-sector-size is {physical}, not a multiple of sector-size {size}")
         self.sectors, self.sector_size, self.physical_sector_size = sectors, size, physical
 
+    def _read_discard(self) -> None:
+        number, peer = self.client.read_int, self.peer_node
+        grain = number(f"{peer}/discard-granularity", self.sector_size) or self.sector_size
+        start = number(f"{peer}/discard-alignment", 0)
+        if grain % self.sector_size or start % self.sector_size:
+            raise PeerFault(f"discard-granularity {grain}, discard-alignment {start}: no multiples of {self.sector_size}")
+        self.discard_granularity, self.discard_alignment = grain, start
+
     def reconfigured(self) -> None:
         before = self.sectors
         self._read_geometry()
@@ -277,7 +297,7 @@ class Blkfront(Frontend):
     # --- closing ---------------------------------------------------------------------------------------------------
 
     def disconnect(self) -> bool:
-        """Stop using the rings; what was on them waits again, in the order it was submitted.
+        """Stop using the rings; what was on them waits again, before what waited already.
 
         A backend that is only Closing still answers: let it, unless it broke the rules. It lets go of our pages only after
         we said Closed, so they are taken back later: before it is talked to again, or at the end.

@@ -172,7 +172,7 @@ class FrontQueue:
     # --- closing ---------------------------------------------------------------------------------------------------
 
     def stop(self) -> list[Command]:
-        """Close the port and listen no more; the commands that were out, in order, each once."""
+        """Close the port and listen no more; the commands that were out, each once."""
         self.events.close(self.port)
         inflight = dict.fromkeys(command for command in self.shadow if command is not None)
         self.shadow = [None] * self.ring.size

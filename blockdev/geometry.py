@@ -48,10 +48,6 @@ def pack_segments(grefs: Sequence[int], length: int) -> bytes:
     return packed + SEGMENT.pack(grefs[full], 0, rest // SECTOR_SIZE - 1) if rest else packed
 
 
-def segment_count(length: int) -> int:
-    return (length + PAGE_SIZE - 1) >> PAGE_SHIFT
-
-
 def split(length: int, most_segments: int) -> list[tuple[int, int]]:
     """(offset, length) pieces of a request that is longer than `most_segments` pages."""
     step = most_segments * PAGE_SIZE

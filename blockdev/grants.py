@@ -44,7 +44,8 @@ class GrantCache:
         self.kept: dict[int, Mapping] = {}
         self.translations: dict[bytes, Translation] = {}
         self.running: set[Translation] = set()  # those of requests that are not answered yet
-        self.tick = 0
+        self.tick = 0  # counts requests
+        self.used: dict[int, int] = {}  # when a kept grant was last used; its translations may know better
         self.searches = 0  # for something to evict
         self._remembered = 0  # segments of `translations`
         self._all_busy = False  # this request has found nothing to evict already
@@ -93,10 +94,12 @@ class GrantCache:
         self._forget()
         self._unmap(list(self.kept.values()))
         self.kept.clear()
+        self.used.clear()
 
     def _map(self, gref: int, readonly: bool, using: list[int], once: list[Mapping]) -> Mapping:
         kept = self.kept.get(gref)
         if kept is not None:
+            self.used[gref] = self.tick
             return kept
         keep = self.persistent and (len(self.kept) < self.cap or self._evict(using))
         flags = GNTMAP_host_map | (GNTMAP_readonly if readonly and not keep else 0)
@@ -106,6 +109,7 @@ class GrantCache:
             raise ValueError(f"grant {gref} of domain {self.domid}: {GNTST_TEXTS[status]}")
         if keep:
             self.kept[gref] = mapping
+            self.used[gref] = self.tick
         else:
             once.append(mapping)
         return mapping
@@ -115,20 +119,26 @@ class GrantCache:
         if self._all_busy:
             return False
         self.searches += 1
-        last = dict.fromkeys(self.kept, 0)
-        for translation in self.translations.values():
-            for gref in translation.grefs:
-                last[gref] = max(last.get(gref, 0), translation.tick)
+        self._note_use()
         busy = set(using).union(*(t.grefs for t in self.running))
-        idle = sorted((gref for gref in self.kept if gref not in busy), key=last.__getitem__)
+        idle = sorted((gref for gref in self.kept if gref not in busy), key=self.used.__getitem__)
         victims = idle[: max(1, self.cap // EVICT_SHARE)]
         self._all_busy = not victims
         if victims:
             self._forget()
             self._unmap([self.kept.pop(gref) for gref in victims])
+            for gref in victims:
+                del self.used[gref]
         return bool(victims)
 
+    def _note_use(self) -> None:
+        """A request whose translation was remembered has touched only that: pass it on to the grants."""
+        for translation in self.translations.values():
+            for gref in translation.grefs:
+                self.used[gref] = max(self.used[gref], translation.tick)
+
     def _forget(self) -> None:
+        self._note_use()
         self.translations.clear()
         self._remembered = 0
 

@@ -10,6 +10,7 @@ which copies while the loop already reads the next request.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -23,8 +24,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-from blockdev.blkback import Backing, StorageError
-from blockdev.storage import PENDING, Request
+from blockdev.storage import PENDING, Backing, Request, StorageError
 from xenmodel.public.io.blkif import BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, SECTOR_SIZE
 
 log = logging.getLogger("xenfs.image")
@@ -81,12 +81,17 @@ class Workers:
             request.complete(status)
         return True
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """End the threads; False if one is still waiting for its medium after that time, and is left behind."""
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
-            thread.join()
+            thread.join(timeout_s / len(self._threads))
+        if any(thread.is_alive() for thread in self._threads):
+            log.error("a disk operation has not finished within %g s: its outcome is not known", timeout_s)
+            return False
         os.close(self.fd)
+        return True
 
 
 class Image:
@@ -131,9 +136,9 @@ class Image:
         self.physical_sector_size = backing.physical_sector_size or max(physical, self.sector_size)
         try:
             fcntl.flock(self.fd, (fcntl.LOCK_SH if self.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise StorageError(f"disk image {self.path} is in use by another writer") from error
-        loop = _loop_device_of(os.fstat(self.fd)) if stat.S_ISREG(mode) and not self.readonly else None
+        loop = _loop_device_of(self.path) if stat.S_ISREG(mode) and not self.readonly else None
         if loop is not None:
             raise StorageError(f"disk image {self.path} is in use: {loop} is set up on it")
         self.discard_granularity = 0 if self.readonly else DISCARD_GRANULARITY
@@ -263,16 +268,16 @@ def _ioctl_u32(fd: int, number: int) -> int:
     return int.from_bytes(fcntl.ioctl(fd, number, bytes(4)), "little")
 
 
-def _loop_device_of(image: os.stat_result) -> str | None:
-    """The loop device that writes to this file, if any: a loop device takes no lock."""
+def _loop_device_of(image: str) -> str | None:
+    """The loop device that is set up on this file, if any: a loop device takes no lock.
+
+    By name alone: to look at the file behind a loop device may mean to ask ourselves, and to wait for ever.
+    """
+    name = os.path.realpath(image)
     for path in glob.glob("/sys/block/loop*/loop/backing_file"):
-        try:
-            with open(path) as file:
-                backing = os.stat(file.read().rstrip("\n"))
-        except OSError:
-            continue  # gone meanwhile, or deleted
-        if (backing.st_dev, backing.st_ino) == (image.st_dev, image.st_ino):
-            return "/dev/" + path.split("/")[3]
+        with contextlib.suppress(OSError), open(path) as file:  # gone meanwhile
+            if file.read().rstrip("\n") == name:
+                return "/dev/" + path.split("/")[3]
     return None
 
 

@@ -8,11 +8,27 @@ has checked them against `sectors`. The file-backed one is blockdev/image.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from xenmodel.public.io.blkif import BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, SECTOR_SIZE
 
 PENDING = 1  # no BLKIF_RSP_* is positive
+
+
+class StorageError(Exception):
+    """The image cannot be opened; the text names it and why."""
+
+
+@dataclass(frozen=True)
+class Backing:
+    """What the toolstack's nodes say about the image: `path`, and how to open it. None: as the image has it."""
+
+    path: str
+    readonly: bool = False
+    sector_size: int | None = None
+    physical_sector_size: int | None = None
+    direct_io: bool = False
 
 
 class Request(Protocol):

@@ -65,7 +65,7 @@ def _run(argv: Sequence[str] | None) -> int:
         level=options.log_level.upper(), format="%(name)s: %(levelname)s: %(message)s", stream=sys.stderr
     )
     # these need libfuse, which --help and a wrong configuration should not
-    from blockdev.blkback import StorageError
+    from blockdev.storage import StorageError
     from xenfs.fuse.mount import MountError
     from xenfs.host import HostError
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import trio
 
-from blockdev.blkback import Backing, Blkback
+from blockdev.blkback import Blkback
 from blockdev.blkfront import Blkfront
 from blockdev.image import Image, Workers
-from blockdev.storage import Storage
+from blockdev.storage import Backing, Storage
 from xenfs.config import GuestConfig
 from xenfs.exports import EXPORTS, Export
 from xenfs.fuse.tree import Directory, Link
@@ -207,14 +207,14 @@ class World:
     async def drain(self, timeout_s: float) -> bool:
         """Wait until no request is under way; False if the time was not enough."""
         with trio.move_on_after(timeout_s):
-            while any(front.waiting or front.busy for _, front in self.fronts()):
+            while any(front.connected and (front.waiting or front.busy) for _, front in self.fronts()):
                 self.kick()
                 await trio.sleep(0.005)
             return True
         return False
 
-    def close(self) -> None:
-        """Close every device in order (guest first), destroy the domains, stop the workers."""
+    def close(self) -> bool:
+        """Close every device in order (guest first), destroy the domains, stop the workers. False: something hangs."""
         for _, front in self.fronts():
             front.close()
         deadline = time.monotonic() + 10
@@ -225,8 +225,9 @@ class World:
             self.destroy(domid)
         self.backends.stop()
         self.hypervisor.settle()
-        self.workers.close()
+        finished = self.workers.close()
         self.hypervisor.close()
+        return finished
 
 
 def _make_blkfront(domain: Domain, client: Client, node: str, peer: str, domid: int) -> Blkfront:

@@ -11,15 +11,17 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import trio
 
+from blockdev.blkfront import Blkfront
+from blockdev.command import Command
 from xenfs.config import GuestConfig
-from xenfs.fuse.mount import Mount, check_mountpoint, mount, set_io_flusher
+from xenfs.fuse.mount import Mount, MountError, check_mountpoint, mount, set_io_flusher
 from xenfs.fuse.serve import Server, sender
 from xenfs.fuse.session import Session
-from xenfs.host import World
+from xenfs.host import HostError, World
 from xenfs.nodes.disk import Disk
 
 log = logging.getLogger("xenfs.up")
@@ -54,14 +56,20 @@ def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None
         everyone = os.geteuid() == 0 if allow_other is None else allow_other
         mounted = mount(mountpoint, fsname="xenfs", allow_other=everyone)
         try:
-            trio.run(_serve, world, mounted)
+            failure = trio.run(_serve, world, mounted)
         finally:
             mounted.unmount()
     finally:
-        world.close()
+        finished = world.close()
+    if failure is not None:
+        raise failure
+    if not finished:
+        raise HostError("a disk operation has not finished: its outcome is not known")
 
 
-async def _serve(world: World, mounted: Mount) -> None:
+async def _serve(world: World, mounted: Mount) -> HostError | None:
+    """Until a signal, or until somebody unmounts us; what went wrong at the end, if anything."""
+    failure: HostError | None = None
     session = Session(world.root, sender(mounted.fd), os.geteuid(), os.getegid())
     server = Server(mounted.fd, session, world.kick)
     stop = trio.Event()
@@ -72,9 +80,13 @@ async def _serve(world: World, mounted: Mount) -> None:
             nursery.start_soon(_obey, signals, world, stop)
             say("ready")
             await stop.wait()
-            await _finish(world, session, mounted)
+            try:
+                await _finish(world, session, mounted)
+            except HostError as error:
+                failure = error
             session.send = lambda _reply: None  # closing devices still notify; the descriptor may be reused
             nursery.cancel_scope.cancel()
+    return failure
 
 
 async def _serve_until_unmounted(server: Server, stop: trio.Event) -> None:
@@ -97,13 +109,28 @@ async def _finish(world: World, session: Session, mounted: Mount) -> None:
         log.warning("a disk is still open: syncing, then its users are cut off")
         with trio.move_on_after(DRAIN_S):
             await trio.to_thread.run_sync(os.sync, abandon_on_cancel=True)
-    await trio.to_thread.run_sync(mounted.detach)
+    try:
+        await trio.to_thread.run_sync(mounted.detach)
+    except MountError as error:
+        log.error("%s", error)  # the disks are more important
     if not await world.drain(DRAIN_S):
-        log.warning("requests were still under way after %g s", DRAIN_S)
-    for _, front in world.fronts():
-        command = None if front.readonly else front.take(0)
+        raise HostError(f"requests were still under way after {DRAIN_S:g} s")
+    statuses: dict[str, int | None] = {}
+    for guest, front in world.fronts():
+        command = front.take(0) if front.connected and not front.readonly else None
         if command is not None:
-            command.context = front.give
+            name = f"{guest.config.name} {guest.exports[front.node].name}"
+            statuses[name] = None
+            command.context = _flushed(front, statuses, name)
             front.flush(command)
-    if not await world.drain(DRAIN_S):
-        log.warning("a flush did not finish within %g s", DRAIN_S)
+    await world.drain(DRAIN_S)
+    if bad := [name for name, status in statuses.items() if status != 0]:
+        raise HostError(f"the last flush failed or did not finish: {', '.join(bad)}")
+
+
+def _flushed(front: Blkfront, statuses: dict[str, int | None], name: str) -> Callable[[Command], None]:
+    def done(command: Command) -> None:
+        statuses[name] = command.status
+        front.give(command)
+
+    return done

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.blkback import Backing, StorageError
 from blockdev.image import INLINE_WRITE_BYTES, SLOW_WRITE_S, Image, Workers
-from blockdev.storage import PENDING
+from blockdev.storage import PENDING, Backing, StorageError
 from xenmodel.memory import GuestMemory
 from xenmodel.public.io.blkif import BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 

@@ -13,6 +13,8 @@ from blockdev.storage import DelayedStorage, MemoryStorage
 from tests.blockdev.world import MIB, SECTORS, Disk, World
 from xenmodel.public.io.blkif import BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from xenmodel.testing import Footprint
+from xenmodel.types import Pfn
+from xenmodel.xenstore.errors import XsError
 
 READ, WRITE = BLKIF_OP_READ, BLKIF_OP_WRITE
 
@@ -222,3 +224,47 @@ def test_two_hypervisors_in_one_process() -> None:
     first.close()
     assert two.read(0, 512) == b"2" * 512
     second.close()
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("end", ["detach", "close"])
+def test_a_guest_scribbles_on_its_grant_table(world: World, persistent: bool, end: str) -> None:
+    """Goal: entries that another program of the guest zeroed cost at most this device, and nothing leaks.
+    Method: zero every entry that is not mapped at the moment; detach, or close and detach; footprints; another disk."""
+    footprint = Footprint(world.hypervisor)
+    disk = world.attach(offer=Offer(persistent=persistent))
+    assert disk.works()
+    entries = world.guest.memory.run(Pfn(1)).cast("I")  # the first frame after shared_info is the table's
+    zeroed = [entry.ref for entry in world.guest.grants.entries() if not entry.pins and entry.ref < 512]
+    for ref in zeroed:
+        entries[2 * ref] = entries[2 * ref + 1] = 0
+    assert len(zeroed) > 100
+    if end == "close":
+        disk.front.close()
+        world.settle()
+        assert disk.states() == ("6", "6")
+    world.detach(disk)
+    assert footprint.grown() == []
+    assert world.attach("xvdb").works()
+
+
+def test_detach_with_all_transactions_used_up(world: World) -> None:
+    """Goal: a guest that may start no transaction can still close its disk: the state is then written by itself.
+    Method: use up the guest's quota, the toolstack's hot detach; both ends say Closed; afterwards a disk connects."""
+    footprint = Footprint(world.hypervisor)
+    disk = world.attach()
+    states: list[tuple[str | None, str | None]] = []
+    watch = world.client.watch(f"{disk.front_node}/state", lambda _path: states.append(disk.states()))
+    greedy = world.hypervisor.store.connect(world.guest.domid)
+    for _ in range(world.hypervisor.store.quota.transactions):
+        greedy.transaction_start()
+    with pytest.raises(XsError, match="transactions open"):
+        greedy.transaction_start()
+    world.detach(disk)
+    assert "6" in {front for front, _ in states}
+    assert world.client.read(disk.front_node) is world.client.read(disk.back_node) is None
+    assert world.fronts.devices == world.backs.devices == {}
+    world.client.unwatch(watch)
+    greedy.close()
+    assert footprint.grown() == []
+    assert world.attach().works()

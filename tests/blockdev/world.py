@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockdev.blkback import Backing, Blkback, Offer, StorageError
+from blockdev.blkback import Blkback, Offer
 from blockdev.blkfront import Blkfront, Want
 from blockdev.command import Command
-from blockdev.storage import MemoryStorage, Storage
+from blockdev.storage import Backing, MemoryStorage, Storage, StorageError
 from blockdev.vdev import parse_vdev
 from xenfs.config import GuestConfig
 from xenfs.diskspec import DiskSpec

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple
 
-from blockdev.blkback import Backing, StorageError
 from blockdev.blkfront import Blkfront
-from blockdev.storage import DelayedStorage, Storage
+from blockdev.storage import Backing, DelayedStorage, Storage, StorageError
 from xenfs.config import GuestConfig
 from xenfs.diskspec import parse_disk
 from xenfs.fuse import kernel as k

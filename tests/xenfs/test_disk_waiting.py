@@ -20,6 +20,7 @@ from xenfs.fuse import kernel as k
 DISK = "domains/1/dev/xvda"
 SECTORS = 32768  # 16 MiB
 WRITTEN = k.WRITE_OUT.pack
+ZERO_RANGE = 0x10
 
 
 class Held:
@@ -209,6 +210,33 @@ def test_interrupt_of_what_waits(held):
     held.drain(random.Random(1))
     assert held.kernel.replies[started[0]] == held.kernel.replies[after] == Reply(0, WRITTEN(512, 0))
     assert held.memory.data[4096] == 0 and held.memory.data[8192] == ord("a")
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_interrupt_of_zeroing(held, steps):
+    """Goal: zeroing a large range ends with EINTR after the step that is under way; its range is free again.
+    Method: INTERRUPT after some steps; what was zeroed; a write that waited for the range, and the whole range again."""
+    end = SECTORS * 512
+    held.memory.data[:] = b"o" * end
+    zeroing = held.kernel.send_fallocate(held.fh, 0, end, ZERO_RANGE)
+    for _ in range(steps):
+        assert held.release()
+    write = held.kernel.send_write(held.fh, end - 4096, b"w" * 4096)
+    held.kernel.settle()
+    for _ in range(2):
+        held.kernel.send(k.FUSE_INTERRUPT, 0, k.INTERRUPT_IN.pack(zeroing))
+    assert held.kernel.order[-1] != zeroing and held.waiting() == 1, "the step under way is not given up"
+    assert held.release()
+    assert held.kernel.replies[zeroing] == Reply(errno.EINTR, b"")
+    held.drain(random.Random(3))
+    assert held.kernel.replies[write] == Reply(0, WRITTEN(4096, 0))
+    done = (steps + 1) * MIB
+    assert held.memory.data == bytes(done) + b"o" * (end - done - 4096) + b"w" * 4096
+    again = held.kernel.send_fallocate(held.fh, 0, end, ZERO_RANGE)
+    held.drain(random.Random(4))
+    assert held.kernel.replies[again] == Reply(0, b"") and not any(held.memory.data)
+    disk = held.kernel.session.handles[held.fh]
+    assert not disk.locked and not disk.stepping
 
 
 def test_unplugged_while_requests_wait(held):

@@ -13,6 +13,8 @@ import xenfs.nodes.xenstore
 from blockdev.storage import MemoryStorage
 from tests.xenfs.machine import Kernel, Machine
 from xenfs.fuse import kernel as k
+from xenfs.nodes.xenstore import StoreTree
+from xenmodel.types import Domid
 
 GUEST = "xenstore/local/domain/1"
 
@@ -25,6 +27,10 @@ def machine() -> Iterator[Machine]:
 
 def mode(kernel: Kernel, ino: int) -> int:
     return int(k.ATTR_OUT.unpack(kernel.call(k.FUSE_GETATTR, ino, bytes(16)).data)[12])
+
+
+def size(kernel: Kernel, ino: int) -> int:
+    return int(k.ATTR_OUT.unpack(kernel.call(k.FUSE_GETATTR, ino, bytes(16)).data)[4])
 
 
 def walk_all(kernel: Kernel, path: str = "") -> dict[str, bytes]:
@@ -108,7 +114,7 @@ def test_change_is_seen(machine):
     ino = kernel.walk(f"{GUEST}/data/x")
     assert kernel.text(f"{GUEST}/data/x") == "1"
     write("/local/domain/1/data/x", "two")
-    assert k.ATTR_OUT.unpack(kernel.call(k.FUSE_GETATTR, ino, bytes(16)).data)[4] == 3
+    assert size(kernel, ino) == 0, "a computed file has no size"
     assert kernel.text(f"{GUEST}/data/x") == "two"
     assert kernel.walk(f"{GUEST}/data/x") == ino, "the inode is stable while the kind is"
     assert kernel.names(f"{GUEST}/data") == [".", "..", "x", "y"]
@@ -170,19 +176,73 @@ def test_odd_values(machine):
         assert machine.kernel.read(fh, 0, 4096).data == value
 
 
-def test_forgotten_nodes(machine, monkeypatch):
+def test_forgotten_nodes(monkeypatch):
     """Goal: looking at ever new nodes does not keep them all, but the inodes Linux still knows stay.
     Method: a small limit, many nodes that are looked up, forgotten and removed."""
     monkeypatch.setattr(xenfs.nodes.xenstore, "_FORGOTTEN_AT", 50)
-    kernel, client = machine.kernel, machine.world.toolstack.client
-    client.write("/local/domain/1/data/stays", "here")
-    stays = kernel.walk(f"{GUEST}/data/stays")
-    data = kernel.walk(f"{GUEST}/data")
-    for i in range(500):
-        client.write(f"/local/domain/1/data/n{i}", i)
-        ino = k.ENTRY_OUT.unpack(kernel.lookup(data, f"n{i}").data)[0]
-        kernel.send(k.FUSE_FORGET, ino, k.FORGET_IN.pack(1))
-        client.rm(f"/local/domain/1/data/n{i}")
-    directory = machine.world.root.children[b"xenstore"]
-    assert len(directory.tree._nodes) <= 60  # type: ignore[attr-defined]
-    assert kernel.walk(f"{GUEST}/data/stays") == stays
+    with Machine({"g": {"xvda": MemoryStorage(64)}}) as machine:
+        kernel, client = machine.kernel, machine.world.toolstack.client
+        client.write("/local/domain/1/data/stays", "here")
+        stays = kernel.walk(f"{GUEST}/data/stays")
+        data = kernel.walk(f"{GUEST}/data")
+        for i in range(500):
+            client.write(f"/local/domain/1/data/n{i}", i)
+            ino = k.ENTRY_OUT.unpack(kernel.lookup(data, f"n{i}").data)[0]
+            kernel.send(k.FUSE_FORGET, ino, k.FORGET_IN.pack(1))
+            client.rm(f"/local/domain/1/data/n{i}")
+        directory = machine.world.root.children[b"xenstore"]
+        assert len(directory.tree._nodes) <= 60  # type: ignore[attr-defined]
+        assert kernel.walk(f"{GUEST}/data/stays") == stays
+
+
+def test_remembering_many_costs_little_each():
+    """Goal: nodes that Linux still knows are not gone through again for every new one; once forgotten they do go.
+    Method: 64 Ki nodes that are all known: how often the dictionary is made anew; then forget them, and 64 Ki more."""
+    with Machine({}) as machine:
+        tree = StoreTree(machine.world.hypervisor.store.connect(Domid(0)))
+        rebuilds, many = 0, 1 << 16
+        for i in range(2 * many):
+            before = tree._nodes
+            tree.remember(f"/n{i}", False).links = 1 if i < many else 0
+            rebuilds += tree._nodes is not before
+            if i == many - 1:
+                assert len(tree._nodes) == many and 1 <= rebuilds <= 5, f"{rebuilds} rebuilds"
+                for node in tree._nodes.values():
+                    node.links = 0
+        assert rebuilds <= 5 + 1 + many // 4096
+        assert len(tree._nodes) <= 2 * 4096
+
+
+@pytest.mark.parametrize("name", ["evtchn", "grants", "rings"])
+def test_asking_for_attributes_is_cheap(machine, name):
+    """Goal: `ls -l` and stat make no text: it can be long, and anybody may ask.
+    Method: count how often the text is made, over LOOKUP, GETATTR and READDIR, then an OPEN."""
+    kernel, path = machine.kernel, f"domains/1/inspect/{name}"
+    text = machine.guests["g"].directory.children[b"inspect"].children[name.encode()]
+    said, say = [], text.say
+    text.say = lambda: said.append(name) or say()
+    ino = kernel.walk(path)
+    assert size(kernel, ino) == 0 and kernel.names("domains/1/inspect") == [".", "..", "evtchn", "grants", "rings", "vbd"]
+    assert said == []
+    assert kernel.text(path) == say() and said == [name]
+
+
+@pytest.mark.parametrize("path", ["domains/0/inspect", "domains/1/inspect", "domains/2/inspect", "xenstore"])
+def test_private_directories(machine, path):
+    """Goal: what a domain does, and every domain's store nodes, are for who serves the mount.  Method: the mode."""
+    assert mode(machine.kernel, machine.kernel.walk(path)) == stat.S_IFDIR | 0o500
+    assert mode(machine.kernel, machine.kernel.walk("domains/1")) == stat.S_IFDIR | 0o555
+
+
+@pytest.mark.parametrize(("length", "shown"), [(254, True), (255, True), (256, False), (1500, False)])
+def test_names_too_long_for_a_file(machine, length, shown):
+    """Goal: a guest's node whose name no file can have is left out, and its directory goes on working.
+    Method: the guest makes one beside a short one; OPENDIR, READDIR and LOOKUP."""
+    kernel, name = machine.kernel, "n" * length
+    guest = machine.world.hypervisor.store.connect(Domid(1))
+    for each in (name, "short"):
+        guest.write(f"data/{each}", each.encode())
+    assert kernel.names(f"{GUEST}/data") == [".", "..", *([name] if shown else []), "short"]
+    reply = kernel.lookup(kernel.walk(f"{GUEST}/data"), name)
+    assert reply.error == (0 if shown else errno.ENAMETOOLONG)
+    assert kernel.text(f"{GUEST}/data/short") == "short"

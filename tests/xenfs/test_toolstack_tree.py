@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.blkback import Backing
-from blockdev.storage import MemoryStorage, Storage
+from blockdev.storage import Backing, MemoryStorage, Storage
 from xenfs.config import GuestConfig
 from xenfs.diskspec import parse_disk
 from xenfs.host import World

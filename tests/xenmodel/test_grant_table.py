@@ -99,6 +99,23 @@ def test_end_access_is_refused_while_mapped(trio: Trio, flags: int):
         trio.owner.grants.end_access(ref)
 
 
+@pytest.mark.parametrize("flags", [0, g.GTF_readonly, g.GTF_accept_transfer, g.GTF_type_mask])
+def test_an_entry_another_program_of_the_guest_wrote_over(trio: Trio, flags: int):
+    """Goal: the entry is guest memory, so what it says is no proof of our mistake; ending it twice still is.
+    Method: write over a granted entry, end it, take the reference again, end that twice."""
+    grants = trio.owner.grants
+    ref = grants.grant_access(trio.peer.domid, Pfn(GRANTED))
+    free = grants.available
+    trio.write(ref, flags, 0, 0)
+    assert grants.end_access(ref) and grants.available == free + 1
+    assert grants.grant_access(trio.peer.domid, Pfn(GRANTED)) == ref
+    assert trio.entry(ref) == (g.GTF_permit_access, 2, GRANTED)
+    assert grants.end_access(ref)
+    trio.write(ref, g.GTF_permit_access, 2, GRANTED)  # looks granted, and is not
+    with pytest.raises(AssertionError, match="ended twice"):
+        grants.end_access(ref)
+
+
 def test_the_table_grows_to_its_limit_and_no_further():
     """Goal: max_grant_frames; and OutOfResources, so that one device fails and not the domain.
     Method: two frames' worth of grants, counting `available` down; then one given back."""

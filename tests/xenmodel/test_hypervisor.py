@@ -281,3 +281,21 @@ def test_what_the_last_turn_deferred_is_not_forgotten():
     events.send(events.bind_ipi(lambda _: hypervisor.defer(lambda: trace.append("pushed"))))
     assert hypervisor.deliver(turns=1) is True and trace == []
     assert hypervisor.deliver(turns=1) is False and trace == ["pushed"]
+
+
+def test_a_deferred_action_that_fails_takes_no_other_with_it():
+    """Goal: our mistake in one push does not leave the other devices' requests unpublished.
+    Method: the second of four raises; the exception is seen once, the others run once, in order."""
+    hypervisor, trace = Hypervisor(), []
+
+    def failing() -> None:
+        trace.append("failing")
+        raise ZeroDivisionError
+
+    for action in (lambda: trace.append("a"), failing, lambda: trace.append("b"), lambda: trace.append("c")):
+        hypervisor.defer(action)
+    with pytest.raises(ZeroDivisionError):
+        hypervisor.deliver()
+    assert trace == ["a", "failing"] and not hypervisor.idle
+    assert hypervisor.deliver() is False
+    assert trace == ["a", "failing", "b", "c"]

@@ -275,5 +275,5 @@ def test_vmap_of_a_dead_domain_is_an_error():
     """Goal: no window that silently shows other memory.  Method: scattered frames after the memfd was closed."""
     memory = GuestMemory(4)
     memory.close()
-    with pytest.raises(OSError, match="guest frame"):
+    with pytest.raises(OutOfMemory, match="guest frame"):
         vmap([Frame(memory, 3), Frame(memory, 0)])

@@ -224,6 +224,12 @@ class Disk(Node):
                 self.backlog.remove(waiting)
                 self.session.send_error(unique, errno.EINTR)
                 return True
+        for command in list(self.front.waiting):  # the backend is away, or the ring full
+            if command.unique == unique and unique not in self.stepping and self.front.cancel(command):
+                assert self.session is not None, "a request came through a session"
+                self.session.send_error(unique, errno.EINTR)
+                self._give(command)
+                return True
         if unique in self.stepping:  # zeroing a large range, say: it ends after the step that is under way
             self.stepping[unique] = True
             return True
@@ -350,7 +356,8 @@ class Disk(Node):
         """Zero the ragged ends, discard the whole granules between."""
         grain = max(self.front.discard_granularity, self.front.sector_size)
         end = offset + length
-        first, last = -(-offset // grain) * grain, end // grain * grain
+        start = self.front.discard_alignment % grain
+        first, last = start - (start - offset) // grain * grain, start + (end - start) // grain * grain
         if first >= last:
             self._modify(unique, offset, length, None, reply)
             return
