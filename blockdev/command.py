@@ -2,7 +2,8 @@
 
 A Command has a run of contiguous frames, granted to the backend once for as long as the connection lasts; its segments
 are therefore packed once. There are many small ones and a few large ones; each pool is a LIFO, so that the pages and
-grants in use stay few. A command is always on exactly one Queue, and moving it asserts where it was.
+grants in use stay few. Where a command is (`Where`) is asserted when it is taken
+and given back.
 """
 
 from __future__ import annotations

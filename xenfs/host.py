@@ -1,6 +1,6 @@
 """host.py: the host: one hypervisor, its kernels' buses, the tree, and what keeps them moving.
 
-World is everything without a descriptor of the mount: it can be built, settled and looked at in a test. run() adds the
+World is everything without a descriptor of the mount: it can be built, settled and looked at in a test. up.py adds the
 mount and the trio tasks: one for the FUSE descriptor, one for the disk workers' eventfd. kick() is what every edge calls
 when it has handed in a batch.
 """

@@ -199,14 +199,15 @@ def test_fsync_covers_what_was_answered(held):
 
 
 def test_interrupt_of_what_waits(held):
-    """Goal: a request that waits for a command can be given up (EINTR, once); one under way cannot, and completes.
-    Method: INTERRUPT both, then one that was answered already."""
+    """Goal: a request that waits for a command or for the ring can be given up (EINTR, once); one under way cannot, and
+    completes.  Method: INTERRUPT all three, then one that was answered already."""
     started = [held.kernel.send_write(held.fh, 0, b"s" * 512) for _ in range(SMALL_COMMANDS + LARGE_COMMANDS)]
     waits = held.kernel.send_write(held.fh, 4096, b"w" * 512)
     after = held.kernel.send_write(held.fh, 8192, b"a" * 512)
-    for unique in (started[0], waits, waits):
+    held.kernel.settle()
+    for unique in (started[0], started[-1], waits, waits):  # the ring has 32 slots
         held.kernel.send(k.FUSE_INTERRUPT, 0, k.INTERRUPT_IN.pack(unique))
-    assert held.kernel.replies == {waits: Reply(errno.EINTR, b"")}
+    assert held.kernel.replies == {waits: Reply(errno.EINTR, b""), started[-1]: Reply(errno.EINTR, b"")}
     held.drain(random.Random(1))
     assert held.kernel.replies[started[0]] == held.kernel.replies[after] == Reply(0, WRITTEN(512, 0))
     assert held.memory.data[4096] == 0 and held.memory.data[8192] == ord("a")

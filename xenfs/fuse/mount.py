@@ -1,6 +1,6 @@
 """mount.py: makes /dev/fuse a file system at a directory and takes it away again, through fusepy's libfuse.
 
-Called by host.py; calls libfuse2 (`fuse_mount`), umount2(2) or fusermount, prctl(2). An edge file: it owns
+Called by up.py; calls libfuse2 (`fuse_mount`), umount2(2) or fusermount, prctl(2). An edge file: it owns
 descriptors and forks. Nothing of libfuse stays but the descriptor; session.py speaks the protocol.
 
 Invariants: a look at a directory happens in a forked child with a time limit, because whoever serves a
