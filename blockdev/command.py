@@ -39,7 +39,7 @@ class Command:
     """One request. The consumer (a disk node) keeps what it needs to answer its client in `unique` and `context`."""
 
     __slots__ = (
-        "capacity", "context", "grefs", "indirect", "indirect_gref", "length", "offset", "op", "parts", "pfn",
+        "capacity", "context", "described", "grefs", "indirect", "indirect_gref", "length", "offset", "op", "parts", "pfn",
         "sector", "segments", "size", "status", "tail", "unique", "view", "where",
     )  # fmt: skip
 
@@ -49,6 +49,7 @@ class Command:
         self.grefs: list[Gref] = []
         self.indirect_gref = Gref(0)
         self.segments = b""
+        self.described = 0  # length that the indirect page describes now
         self.where = Where.FREE
         self.op = self.sector = self.length = self.status = self.parts = 0
         self.unique = self.offset = self.size = 0
@@ -71,6 +72,7 @@ class Command:
         self.grefs = [grant(peer, Pfn(self.pfn + i)) for i in range(pages)]
         self.indirect_gref = grant(peer, Pfn(self.pfn + pages), readonly=False)
         self.segments = pack_segments(self.grefs, self.capacity)
+        self.described = 0
 
     def revoke(self, domain: Domain) -> bool:
         """End the backend's access; False if it still maps any page, which then must never be used again (XSA-396)."""

@@ -95,10 +95,12 @@ class FrontQueue:
 
     def _write_indirect(self, at: int, ident: int, command: Command, length: int) -> None:
         count = (length + PAGE_SIZE - 1) >> PAGE_SHIFT
-        command.indirect[: count * SEGMENT_SIZE] = command.segments[: count * SEGMENT_SIZE]
-        if rest := length & (PAGE_SIZE - 1):
-            last = (count - 1) * SEGMENT_SIZE
-            SEGMENT.pack_into(command.indirect, last, command.grefs[count - 1], 0, rest // SECTOR_SIZE - 1)
+        if command.described != length:  # else the page says it already
+            command.indirect[: count * SEGMENT_SIZE] = command.segments[: count * SEGMENT_SIZE]
+            if rest := length & (PAGE_SIZE - 1):
+                last = (count - 1) * SEGMENT_SIZE
+                SEGMENT.pack_into(command.indirect, last, command.grefs[count - 1], 0, rest // SECTOR_SIZE - 1)
+            command.described = length
         handle = self.front.handle & 0xFFFF
         head = (BLKIF_OP_INDIRECT, command.op, count, ident, command.sector, handle)
         self.abi.indirect.pack_into(self.ring.view, at, *head, command.indirect_gref, *_NO_GREFS)

@@ -38,6 +38,7 @@ BLKSSZGET, BLKPBSZGET = 0x1268, 0x127B
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 DISCARD_GRANULARITY = 4096  # what a file system's hole punching works in
 
+_preadv, _NOWAIT = os.preadv, os.RWF_NOWAIT  # looked up once, for they are needed by every read
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
@@ -165,7 +166,7 @@ class Image:
     def read(self, offset: int, views: list[memoryview], length: int, request: Request) -> int:
         if self._nowait_reads:
             try:
-                if os.preadv(self.fd, views, offset, os.RWF_NOWAIT) == length:
+                if _preadv(self.fd, views, offset, _NOWAIT) == length:
                     return BLKIF_RSP_OKAY
             except BlockingIOError:
                 pass

@@ -9,6 +9,7 @@ or running, and the scratch directory goes (unless it was asked for). Nothing is
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +32,7 @@ disk = [ "disk.img, raw, xvda, rw" ]
 DEV, BACKEND = "mnt/domains/guest1/dev", "mnt/xenstore/local/domain/0/backend/vbd/1/51712"  # 51712 is xvda
 TOOLS = ("mkfs.ext4", "mount", "umount", "losetup", "e2fsck", "debugfs")
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"  # not on everybody's PATH
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STEP_S = 30.0
 READY_S = 20.0
 END_S = 30.0  # from SIGTERM to the end of the server
@@ -50,7 +52,7 @@ class StepError(Exception):
     """A step did not do what it should; the text says which and how."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """SIGINT, SIGTERM or SIGHUP came."""
 
 
@@ -60,12 +62,13 @@ def demo(keep: bool) -> int:
     if reason := _obstacle():
         print(f"xenfs: demo: {reason}", file=sys.stderr)
         return 1
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, _interrupt) for number in signals]
     folder = Path(tempfile.mkdtemp(prefix="xenfs-demo-")).resolve()
     scene = Scene(folder)
+    before = [signal.getsignal(number) for number in SIGNALS]
     status = 1
     try:
+        for number in SIGNALS:
+            signal.signal(number, scene.interrupt)
         _play(scene)
         status = 0
     except StepError as error:
@@ -75,10 +78,9 @@ def demo(keep: bool) -> int:
         print("\nxenfs: demo: interrupted", file=sys.stderr)
         status = 130
     finally:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
+        scene.interrupted = True  # no signal counts from here on
         left = scene.clean(keep)
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
     for line in left:
         print(f"xenfs: demo: {line}", file=sys.stderr)
@@ -94,10 +96,6 @@ def _obstacle() -> str:
     if missing:
         return f"not installed: {', '.join(missing)} (Debian's packages e2fsprogs and mount)"
     return "" if os.path.exists("/dev/fuse") else "/dev/fuse is missing: modprobe fuse, or give it to this container"
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted
 
 
 def _play(scene: Scene) -> None:
@@ -145,9 +143,27 @@ class Scene:
         self.folder = folder
         self.number = 0
         self.server: Process | None = None
-        self.hanging: list[Process] = []  # killed, but perhaps stuck in a request to the mount
+        self.children: list[Process] = []  # not known to have ended; perhaps stuck in a request to the mount
+        self.starting = self.interrupted = False
         for name in ("mnt", "fs"):
             (folder / name).mkdir()
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The signals' handler. Only the first counts: a second Ctrl-C must not cut the clean-up short."""
+        before, self.interrupted = self.interrupted, True
+        if not (before or self.starting):
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """An exception in the middle of Popen() would leave a child that nobody knows: a signal then is obeyed after it."""
+        self.starting = True
+        try:
+            yield
+        finally:
+            self.starting = False
+        if self.interrupted:
+            raise Interrupted
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -158,17 +174,15 @@ class Scene:
     def run(self, *words: str) -> str:
         """Show a command, run it, show what it said, trimmed. Its standard output; StepError if it failed."""
         print(f"   $ {shlex.join(words)}", flush=True)
-        child = subprocess.Popen(
-            words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        with self._undisturbed():
+            pipe = subprocess.PIPE
+            child = subprocess.Popen(words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+            self.children.append(child)
         try:
             out, err = child.communicate(timeout=STEP_S)
-        except BaseException as error:
-            child.kill()
-            self.hanging.append(child)  # not waited for here: a request that nobody answers outlives even SIGKILL
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise StepError(f"{words[0]} did not end within {STEP_S:g} s") from None
-            raise
+        except subprocess.TimeoutExpired:
+            raise StepError(f"{words[0]} did not end within {STEP_S:g} s") from None
+        self.children.remove(child)
         self._show(out)
         if child.returncode:
             raise StepError(f"{words[0]} ended with {child.returncode}: {err.strip()}")
@@ -187,7 +201,7 @@ class Scene:
         print(f"   $ xenfs {shlex.join(arguments)} &", flush=True)
         package = str(Path(__file__).resolve().parents[1])
         paths = filter(None, (package, os.environ.get("PYTHONPATH")))
-        with self._log.open("wb") as log:
+        with self._log.open("wb") as log, self._undisturbed():
             self.server = subprocess.Popen(
                 [sys.executable, "-m", "xenfs", *arguments],
                 cwd=self.folder,
@@ -231,6 +245,8 @@ class Scene:
 
     def clean(self, keep: bool) -> list[str]:
         """Take everything down again, in order. What could not be, as sentences."""
+        for unfinished in self.children:
+            unfinished.kill()  # not waited for here: a request that nobody answers outlives even SIGKILL
         if self._is_mounted("fs"):
             self._quietly("umount", "fs") or self._quietly("umount", "-l", "fs")
         self._end_server()
@@ -240,7 +256,7 @@ class Scene:
             self._quietly("umount", "-l", "mnt")
         left = [f"{self.folder}/{name} is still mounted" for name in ("fs", "mnt") if self._is_mounted(name)]
         left += [f"{device} is still attached" for device in self._loop_devices()]
-        for child in (*self.hanging, self.server):  # the server is gone, and with it what the others waited for
+        for child in (*self.children, self.server):  # the server is gone, and with it what the others waited for
             if child is not None and not _ended(child):
                 left.append(f"process {child.pid} does not end")
         if not left and not keep:
@@ -259,10 +275,11 @@ class Scene:
         return self.server.returncode
 
     def _quietly(self, *words: str) -> bool:
-        child = subprocess.Popen(words, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        null = subprocess.DEVNULL  # and a session of its own keeps a terminal's Ctrl-C from it
+        child = subprocess.Popen(words, cwd=self.folder, stdout=null, stderr=null, start_new_session=True)
         if not _ended(child):
             child.kill()
-            self.hanging.append(child)
+            self.children.append(child)
         return child.returncode == 0
 
     def _is_mounted(self, name: str) -> bool:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdev.blkback import Backing, StorageError
 from blockdev.image import MOST_JOBS, Image, Workers
-from blockdev.storage import PENDING
+from blockdev.storage import PENDING, Backing, StorageError
 from xenmodel.public.io.blkif import BLKIF_RSP_OKAY
 
 MIB = 1 << 20

@@ -6,6 +6,7 @@ Its scratch directory goes where TMPDIR says, so what it left is what is in ther
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -64,6 +65,16 @@ def left_behind(scratch: Path) -> list[str]:
         if target.startswith(f"{scratch}/"):
             found.append(f"{link}: {target}")
     return found or os.listdir(scratch)
+
+
+def running(scratch: Path) -> list[int]:
+    """The processes that stand below `scratch`."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # ended since
+            if os.readlink(link).startswith(f"{scratch}/"):
+                found.append(int(link.parts[2]))
+    return found
 
 
 def test_every_step(scratch):
@@ -127,6 +138,29 @@ def test_a_signal(scratch, number):
     assert child.returncode == 130
     assert said.endswith("xenfs: demo: interrupted\n")
     assert left_behind(scratch) == []
+
+
+def test_killed(scratch):
+    """Goal: `kill -9` of the demo leaves no `xenfs up` behind, and with it no mount.
+    Method: `mkfs.ext4` tells that the disk is there and then hangs; SIGKILL; the server's end is waited for."""
+    fifo = scratch.parent / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    environ = environment(scratch, **{"mkfs.ext4": f"echo $$ > {fifo}; exec sleep 100"})
+    with subprocess.Popen(DEMO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ) as child:
+        hangs, _, _ = select.select([reader], [], [], 60)
+        assert hangs, "the demo did not come so far"
+        tool = int(os.read(reader, 100))
+        (server,) = [pid for pid in running(scratch) if b"up" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+        end = os.pidfd_open(server)
+        child.kill()
+        os.kill(tool, signal.SIGKILL)
+    os.close(reader)
+    ended, _, _ = select.select([end], [], [], 30)
+    os.close(end)
+    assert ended, f"process {server} is still there"
+    assert not any(found.startswith("mount ") for found in left_behind(scratch))
+    assert "\nready\n" in next(scratch.glob("*/xenfs.log")).read_text()
 
 
 def test_without_root(scratch):

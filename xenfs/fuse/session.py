@@ -31,6 +31,7 @@ NAME_MAX = 255
 # fuse_in_header followed by fuse_read_in / fuse_write_in
 _TRANSFER = Struct("<IIQQIIIHHQQIIQII")
 _NEGATIVE_TIMEOUT_S = 0
+_READ, _WRITE = k.FUSE_READ, k.FUSE_WRITE  # compared with every request
 _ZEROES = memoryview(bytes(MAX_WRITE))
 _NO_REPLY = frozenset({k.FUSE_FORGET, k.FUSE_BATCH_FORGET, k.FUSE_INTERRUPT})
 
@@ -77,12 +78,12 @@ class Session:
         """One request of `length` bytes is in buffers()."""
         (_, opcode, unique, ino, _, _, _, _, _, fh, offset, size, _, _, flags, _) = _TRANSFER.unpack_from(self.header)
         try:
-            if opcode == k.FUSE_READ:
+            if opcode == _READ:
                 self.batch_bytes += size
                 if length < HEADER_BYTES:
                     raise OSError(errno.EINVAL, "short request")
                 self.handles[fh].read(self, unique, offset, size)
-            elif opcode == k.FUSE_WRITE:
+            elif opcode == _WRITE:
                 node = self.handles[fh]
                 self.batch_bytes += size
                 if length != HEADER_BYTES + size:
