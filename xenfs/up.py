@@ -27,6 +27,7 @@ from xenfs.nodes.disk import Disk
 log = logging.getLogger("xenfs.up")
 
 DRAIN_S = 10.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def say(line: str) -> None:
@@ -41,8 +42,9 @@ def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None
     """Serve `configs` under `mountpoint` until SIGINT or SIGTERM. HostError or MountError if it cannot be done."""
     # 5 ms, the default, is how long a disk worker that has finished may wait for the interpreter
     sys.setswitchinterval(0.0005)
-    # until the loop listens for it, SIGTERM unwinds as Ctrl-C does: nothing is left behind
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # signals wait until the loop listens: between making a mount and serving it there is no good moment for one.
+    # The workers, made later, inherit this, so that the main thread is the one that is told.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if not set_io_flusher():
         log.info("not permitted to be an IO flusher (see docs/deadlocks.md)")
     check_mountpoint(mountpoint)
@@ -73,7 +75,8 @@ async def _serve(world: World, mounted: Mount) -> HostError | None:
     session = Session(world.root, sender(mounted.fd), os.geteuid(), os.getegid())
     server = Server(mounted.fd, session, world.kick)
     stop = trio.Event()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve_until_unmounted, server, stop)
             nursery.start_soon(world.reap_workers)
