@@ -20,7 +20,7 @@ from xenfs.fuse.session import Buffers, Session
 log = logging.getLogger("xenfs.fuse")
 
 BATCH = 32  # requests before the host delivers
-BATCH_BYTES = 512 * 1024  # or so much data: what was read from the image is still in the CPU's cache when it is sent on
+BATCH_WRITTEN_BYTES = 512 * 1024  # or so much written data: workers begin with it while the next request is read
 TURN_S = 0.002  # how long other tasks may have to wait for us
 LOOK_S = 50e-6  # how long to look for the next request after the last one
 
@@ -80,9 +80,9 @@ class Server:
         """Up to BATCH requests; how many there were."""
         fd, session, readv = self.fd, self.session, os.readv
         count = 0
-        session.batch_bytes = 0
+        session.batch_written = 0
         try:
-            while count < BATCH and session.batch_bytes < BATCH_BYTES:
+            while count < BATCH and session.batch_written < BATCH_WRITTEN_BYTES:
                 session.receive(readv(fd, session.buffers()))
                 count += 1
         except BlockingIOError:

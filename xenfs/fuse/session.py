@@ -64,7 +64,7 @@ class Session:
         self._scratch = (scratch[:SMALL_LANDING], scratch[SMALL_LANDING:])
         self.landing = self._scratch
         self.writer: Node | None = None  # the node that was written last
-        self.batch_bytes = 0  # of reads and writes since serve.py began the batch
+        self.batch_written = 0  # bytes, since serve.py began the batch
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -79,13 +79,12 @@ class Session:
         (_, opcode, unique, ino, _, _, _, _, _, fh, offset, size, _, _, flags, _) = _TRANSFER.unpack_from(self.header)
         try:
             if opcode == _READ:
-                self.batch_bytes += size
                 if length < HEADER_BYTES:
                     raise OSError(errno.EINVAL, "short request")
                 self.handles[fh].read(self, unique, offset, size)
             elif opcode == _WRITE:
                 node = self.handles[fh]
-                self.batch_bytes += size
+                self.batch_written += size
                 if length != HEADER_BYTES + size:
                     raise OSError(errno.EIO, "a write of another length than it says")
                 if node is self.writer:
