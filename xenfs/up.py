@@ -18,7 +18,7 @@ import trio
 from blockdev.blkfront import Blkfront
 from blockdev.command import Command
 from xenfs.config import GuestConfig
-from xenfs.fuse.mount import Mount, MountError, check_mountpoint, mount, set_io_flusher
+from xenfs.fuse.mount import Mount, MountError, free_directory, mount, set_io_flusher
 from xenfs.fuse.serve import Server, sender
 from xenfs.fuse.session import Session
 from xenfs.host import HostError, World
@@ -47,7 +47,7 @@ def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if not set_io_flusher():
         log.info("not permitted to be an IO flusher (see docs/deadlocks.md)")
-    check_mountpoint(mountpoint)
+    free_directory(os.path.abspath(mountpoint))
     world = World()
     world.announce = say
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.host.served import Host
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Children inherit an ignored SIGINT, which is how shells start what runs in the background (a CI job, say)."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def mount(
         if not word or word == "allow_root" or set(word) & set(",\\\0\n"):
             raise MountError(errno.EINVAL, f"not a mount option: {word!r}")
     library = _load_libfuse()
-    path = _free_directory(os.path.abspath(mountpoint))
+    path = free_directory(os.path.abspath(mountpoint))
     fd, unknown = _mount_with_libfuse(library, path, ",".join(words))
     entry = _top_mount(path)
     if entry is None:
@@ -121,11 +121,6 @@ def mount(
         raise MountError(errno.EINVAL, f"not a mount option: {unknown!r}")
     os.set_blocking(fd, False)
     return made
-
-
-def check_mountpoint(mountpoint: str) -> None:
-    """MountError if mount() would refuse this directory; a dead mount on it is cleared away."""
-    _free_directory(os.path.abspath(mountpoint))
 
 
 def set_io_flusher() -> bool:
@@ -245,8 +240,8 @@ class _Look:
     path: str  # with symbolic links resolved
 
 
-def _free_directory(path: str) -> str:
-    """The resolved path, once nothing is mounted there: dead layers go, anything else is a MountError."""
+def free_directory(path: str) -> str:
+    """The resolved path of a directory that mount() will take: dead mounts on it go, anything else is a MountError."""
     for _ in range(_DEAD_LAYERS_MAX):
         entry = _top_mount(path)
         if entry is not None and not entry.is_fuse:
