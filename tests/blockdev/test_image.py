@@ -7,7 +7,9 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import select
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -171,8 +173,6 @@ def test_an_image_that_grows(bench: Bench) -> None:
 
 def test_a_write_the_host_refuses(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """Goal: OSError becomes a status.  Method: a file larger than the process may write (RLIMIT_FSIZE is the kernel's)."""
-    resource = pytest.importorskip("resource")
-    signal = pytest.importorskip("signal")
     image = bench.open(bench.file(4 * MIB))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
