@@ -117,6 +117,21 @@ def test_the_least_recently_used_go_first(guest: Guest) -> None:
     cache.close()
 
 
+def test_a_page_of_descriptors_counts_as_used(guest: Guest) -> None:
+    """Goal: a grant used for descriptors only is not evicted before older data.  Method: cap 8; it is the newest but one."""
+    cache = guest.cache(persistent=True, cap=8)
+    cache.page(guest.grefs[0], 8)
+    for page in range(1, 8):
+        cache.tick += 1
+        cache.translate(guest.data(page), True).tick = cache.tick
+    cache.tick += 1
+    cache.page(guest.grefs[0], 8)
+    cache.tick += 1
+    cache.translate(guest.data(20), True)
+    assert 0 in guest.mapped() and 1 not in guest.mapped()
+    cache.close()
+
+
 def test_an_eviction_forgets_translations(guest: Guest) -> None:
     """Goal: no translation points at a page that was unmapped.  Method: cap 2, three pages, the first again."""
     cache = guest.cache(persistent=True, cap=2)

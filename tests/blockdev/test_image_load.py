@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,3 +138,21 @@ def test_a_size_that_cannot_be_read(tmp_path: Path, workers: ByHand, caplog: pyt
     for fd in (file, reader, writer):
         os.close(fd)
     image.close()
+
+
+def test_a_worker_that_hangs_does_not_keep_the_end() -> None:
+    """Goal: a medium that never answers cannot keep the process: close() says so after its time.
+    Method: a job that waits for an event; afterwards the event, so that the thread ends."""
+    workers, release = Workers(1), threading.Event()
+
+    class Stuck:
+        def perform(self, what: str, first: object, second: object) -> int:
+            release.wait(30)
+            return BLKIF_RSP_OKAY
+
+    workers.put((Stuck(), "flush", 0, 0, None))  # type: ignore[arg-type]
+    assert workers.close(timeout_s=0.2) is False
+    release.set()
+    for thread in workers._threads:
+        thread.join(30)
+    os.close(workers.fd)

@@ -269,3 +269,25 @@ def test_detach_with_all_transactions_used_up(world: World) -> None:
     greedy.close()
     assert footprint.grown() == []
     assert world.attach().works()
+
+
+def test_a_resize_does_not_undo_a_detach(world: World) -> None:
+    """Goal: when the toolstack has said Closing, a new size does not say Connected again, or the detach would be lost.
+    Method: `state` 5 is in the store and not delivered yet when the storage grows."""
+    storage = MemoryStorage(SECTORS)
+    disk = world.attach(storage=storage)
+    world.write(f"{disk.back_node}/state", 5, settle=False)
+    storage.sectors = 2 * SECTORS
+    disk.back.resized()
+    assert disk.states()[1] == "5"
+    world.settle()
+    assert disk.states() == ("6", "6")
+
+
+@pytest.mark.parametrize("grain", [1000, 100])
+def test_a_discard_granularity_that_cannot_be(world: World, grain: int) -> None:
+    """Goal: granules that are no whole blocks close the device: holes would be cut short.  Method: such a storage."""
+    storage = MemoryStorage(SECTORS)
+    storage.discard_granularity = grain
+    disk = world.attach(storage=storage)
+    assert not disk.connected and disk.front.broken is not None and f"discard-granularity {grain}" in disk.front.broken

@@ -180,7 +180,11 @@ class Disk(Node):
 
     def fsync(self, session: Session, unique: int) -> None:
         self.session = session
-        self._wait(Waiting(unique, 0, None, lambda command: self._start_flush(command, unique)))
+        command = None if self.backlog else self.front.take(0)
+        if command is None:
+            self._wait(Waiting(unique, 0, None, lambda command: self._start_flush(command, unique)))
+        else:
+            self._start_flush(command, unique)
 
     def _start_flush(self, command: Command, unique: int) -> None:
         command.unique, command.context = unique, self._flush_done
