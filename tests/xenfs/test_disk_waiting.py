@@ -240,6 +240,17 @@ def test_interrupt_of_zeroing(held, steps):
     assert not disk.locked and not disk.stepping
 
 
+def test_interrupt_of_a_modify_on_no_ring_yet(held):
+    """Goal: a request of several steps can be given up while its first waits for the ring, or for a backend that is away.
+    Method: INTERRUPT an unaligned write before anything was delivered; its range is free and the data untouched."""
+    write = held.kernel.send_write(held.fh, 10, b"x" * 5)
+    held.kernel.send(k.FUSE_INTERRUPT, 0, k.INTERRUPT_IN.pack(write))
+    assert held.kernel.replies[write] == Reply(errno.EINTR, b"")
+    held.drain(random.Random(5))
+    disk = held.kernel.session.handles[held.fh]
+    assert not disk.locked and not disk.stepping and not any(held.memory.data)
+
+
 def test_unplugged_while_requests_wait(held):
     """Goal: unplugging a busy disk lets what the backend has finish, and fails the rest with EIO: nothing hangs.
     Method: twice as many writes as commands, a detach in the middle, then the storage goes on."""

@@ -229,10 +229,14 @@ class Disk(Node):
                 self.session.send_error(unique, errno.EINTR)
                 return True
         for command in list(self.front.waiting):  # the backend is away, or the ring full
-            if command.unique == unique and unique not in self.stepping and self.front.cancel(command):
+            if command.unique == unique and self.front.cancel(command):
                 assert self.session is not None, "a request came through a session"
-                self.session.send_error(unique, errno.EINTR)
-                self._give(command)
+                if unique in self.stepping:
+                    self.stepping[unique] = True
+                    command.context(command)
+                else:
+                    self.session.send_error(unique, errno.EINTR)
+                    self._give(command)
                 return True
         if unique in self.stepping:  # zeroing a large range, say: it ends after the step that is under way
             self.stepping[unique] = True
