@@ -1,10 +1,12 @@
 """toolstack.py: what xl and libxl do: build a domain's part of the store, and plug and unplug its devices.
 
 Writes the nodes that libxl of Xen 4.17 writes, in its order and with its permissions; drivers then find everything they
-need in the store, so start-up, hot-plug and a test that pokes the store take the same path. The hotplug script's part
-(saying where the image is, once blkback is there) is hotplug() here.
+need in the store, so start-up, hot-plug and a test that pokes the store take the same path. The hotplug scripts' part is
+here as far as it is in the store: saying where a disk's image is, or that an interface is on its bridge. Putting it there
+is the host's, see `Toolstack.hotplug_vif`.
 
-Left out of the tree: nodes of devices that do not exist here yet (console, vif), `store/` (the store has no ring yet) and
+Invariant: a device has an entry in `_watches` from its attach until its three directories are removed.
+Left out of the tree: nodes of devices that do not exist here yet (console), `store/` (the store has no ring yet) and
 libxl's own bookkeeping below /libxl that nobody but libxl reads.
 """
 
@@ -13,9 +15,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from typing import Protocol
 
 from xenfs.config import GuestConfig
 from xenfs.diskspec import DiskSpec
+from xenfs.vifspec import MTU_DEFAULT, VifSpec, next_devid
 from xenmodel.domain import Domain
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.public.io.xenbus import XenbusState
@@ -31,7 +35,17 @@ GUEST_OWNED = (
     "control/feature-suspend", "control/sysrq", "data", "drivers", "feature", "attr", "error",
 )  # fmt: skip
 
+MAX_REASON_CHARS = 512  # of a script's error: a write to the store holds 4096 bytes
+
+KINDS = ("vbd", "vif")
 Node = tuple[str, str]
+
+
+class HotplugDone(Protocol):
+    """What the host calls when an interface is on its bridge (None), or cannot be (why). `mtu` is the interface's, if that
+    is not what the guest was promised. May be called late, and is ignored if it is too late."""
+
+    def __call__(self, reason: str | None, mtu: int | None = None) -> None: ...
 
 
 class Toolstack:
@@ -42,6 +56,9 @@ class Toolstack:
         self.client = Client(hypervisor.store.connect(DOM0))
         self._uuids: dict[int, str] = {}
         self._watches: dict[str, str] = {}  # backend directory -> watch of its state
+        self._plugs: dict[str, object] = {}  # backend directory of a vif -> which run of the script; None: it has ended
+        # The script vif-bridge: called with a backend's directory when that is in InitWait, again if it starts anew.
+        self.hotplug_vif: Callable[[str, HotplugDone], None] = lambda _back, done: done(None)
 
     def create_dom0(self, memory_mib: int) -> Domain:
         """Domain 0, as xen-init-dom0 leaves it in the store."""
@@ -91,10 +108,8 @@ class Toolstack:
         self.client.write(f"{libxl}/type", "pv", tx)
 
     def attach_disk(self, domid: int, disk: DiskSpec) -> str:
-        """Plug a disk in: one transaction with both directories and libxl's copy. The backend's directory."""
+        """Plug a disk in. The backend's directory."""
         ident = disk.vdev_number
-        front, back = f"/local/domain/{domid}/device/vbd/{ident}", f"/local/domain/0/backend/vbd/{domid}/{ident}"
-        libxl = f"/libxl/{domid}/device/vbd/{ident}"
         frontend: list[Node] = [
             ("backend-id", "0"), ("state", "1"), ("virtual-device", str(ident)),
             ("device-type", "cdrom" if disk.cdrom else "disk"), ("trusted", str(int(disk.trusted))),
@@ -112,6 +127,49 @@ class Toolstack:
             "xenfs-physical-sector-size": disk.physical_sector_size,
             "xenfs-direct-io": int(disk.direct_io) or None,
         }
+        back = self._attach(domid, f"vbd/{ident}", frontend, [], backend, ours)
+        self._watches[back] = self.client.watch(f"{back}/state", lambda _path: self._hotplug_disk(back))
+        return back
+
+    def attach_vif(self, domid: int, devid: int | None, vif: VifSpec) -> str:
+        """Plug an interface in, under this number, or that of `vif`, or the lowest that is free. The backend's directory."""
+        taken = {int(name) for name in self.client.directory(f"/libxl/{domid}/device/vif")}
+        devid = vif.devid if devid is None else devid
+        devid = next_devid(taken) if devid is None else devid
+        if devid in taken:
+            raise ValueError(f"domain {domid} has an interface {devid} already")
+        vif = vif.resolved(self._uuids[domid], devid)
+        frontend: list[Node] = [
+            ("backend-id", "0"), ("state", "1"), ("handle", str(devid)), ("mac", vif.mac),
+            ("trusted", str(int(vif.trusted))),
+        ]  # fmt: skip
+        backend: list[Node] = [
+            ("frontend-id", str(domid)), ("online", "1"), ("state", "1"), ("script", vif.script),
+            ("vifname", vif.vifname or ""), ("mac", vif.mac), ("ip", " ".join(vif.ip)),
+            ("rate", ",".join(map(str, vif.rate or ()))),
+            ("mtu", "" if vif.mtu == MTU_DEFAULT else str(vif.mtu)), ("bridge", vif.bridge), ("handle", str(devid)),
+            ("type", vif.type),
+        ]  # fmt: skip
+        backend = [node for node in backend if node[1]]  # libxl leaves out what was not given
+        backend.append(("hotplug-status", ""))
+        ours = {"xenfs-queues": vif.queues if vif.queues > 1 else None}
+        back = self._attach(domid, f"vif/{devid}", frontend, [("mtu", str(vif.mtu))], backend, ours)
+        self._watches[back] = self.client.watch(f"{back}/state", lambda _path: self._hotplug_vif(back))
+        return back
+
+    def _attach(
+        self,
+        domid: int,
+        device: str,
+        frontend: list[Node],
+        readonly: list[Node],
+        backend: list[Node],
+        ours: dict[str, int | None],
+    ) -> str:
+        """One transaction with both directories and libxl's copy. `readonly` are nodes that the guest does not own, `ours`
+        those of the backend that a real Xen lacks. The backend's directory."""
+        front, libxl = f"/local/domain/{domid}/device/{device}", f"/libxl/{domid}/device/{device}"
+        back = f"/local/domain/0/backend/{device.replace('/', f'/{domid}/')}"
 
         def work(tx: int) -> None:
             client, guest = self.client, Domid(domid)
@@ -124,6 +182,8 @@ class Toolstack:
             client.write(f"{front}/backend", back, tx)
             for key, value in frontend:
                 self._put(f"{front}/{key}", value, perms, tx)
+            for key, value in readonly:
+                self._put(f"{front}/{key}", value, _owned(DOM0, guest), tx)
             client.rm(back, tx)
             self._put(back, "", _owned(DOM0, guest), tx)
             client.write(f"{back}/frontend", front, tx)
@@ -136,10 +196,9 @@ class Toolstack:
                 client.write(f"{libxl}/{key}", value, tx)
 
         self.client.transact(work)
-        self._watches[back] = self.client.watch(f"{back}/state", lambda _path: self._hotplug(back))
         return back
 
-    def _hotplug(self, back: str) -> None:
+    def _hotplug_disk(self, back: str) -> None:
         """The block script's part, run when blkback has said InitWait: where the image is, and that it is connected."""
         state = self.client.read(f"{back}/state")
         if state != str(int(XenbusState.InitWait)) or self.client.exists(f"{back}/hotplug-status"):
@@ -155,14 +214,54 @@ class Toolstack:
         self.client.write(f"{back}/physical-device-path", path)
         self.client.write(f"{back}/hotplug-status", "connected")
 
+    def _hotplug_vif(self, back: str) -> None:
+        """Run the interface's script when netback has said InitWait; once, until netback starts anew."""
+        state, status = self.client.read(f"{back}/state"), self.client.read(f"{back}/hotplug-status")
+        if state not in (str(int(XenbusState.InitWait)), str(int(XenbusState.Connected))):
+            self._plugs.pop(back, None)  # what a script does for the interface that is going is of no use to the next
+        # netback removes the status when it is done with an interface, so without one this is another
+        if state != str(int(XenbusState.InitWait)) or (back in self._plugs and status is not None):
+            return
+        if status != "":
+            self.client.write(f"{back}/hotplug-status", "")  # netback waits as long as this is here and not "connected"
+            self.client.rm(f"{back}/hotplug-error")
+        run = self._plugs[back] = object()
+
+        def done(reason: str | None, mtu: int | None = None) -> None:
+            if self._plugs.get(back) is run and self.client.exists(f"{back}/hotplug-status"):
+                self._plugs[back] = None
+                self._hotplugged(back, reason, mtu)
+
+        self.hotplug_vif(back, done)
+
+    def _hotplugged(self, back: str, reason: str | None, mtu: int | None) -> None:
+        """What vif-bridge, or the function for errors of all scripts, writes at its end."""
+        if reason is not None:
+            self.client.write(f"{back}/hotplug-error", reason[:MAX_REASON_CHARS])
+            self.client.write(f"{back}/hotplug-status", "error")
+            return
+        front = self.client.read(f"{back}/frontend")
+        if self.client.exists(f"{front}/mtu"):  # the guest may have removed its directory, and is not to get it back
+            self.client.write(f"{front}/mtu", mtu or self.client.read(f"{back}/mtu") or MTU_DEFAULT)
+        self.client.write(f"{back}/hotplug-status", "connected")
+
     def detach_disk(self, domid: int, ident: int, done: Callable[[], None] = lambda: None) -> None:
-        """Hot-unplug: ask the backend side to close, remove all three directories when it has.
+        """Hot-unplug a disk; `done` is called when nothing is left of it. ValueError if there is none."""
+        self._detach(domid, "vbd", ident, done, f"domain {domid} has no disk {ident}")
+
+    def detach_vif(self, domid: int, devid: int, done: Callable[[], None] = lambda: None) -> None:
+        """Hot-unplug an interface; `done` is called when nothing is left of it. ValueError if there is none."""
+        self._detach(domid, "vif", devid, done, f"domain {domid} has no interface {devid}")
+
+    def _detach(self, domid: int, kind: str, ident: int, done: Callable[[], None], missing: str) -> None:
+        """Ask the backend side to close, remove all three directories when it has.
 
         A backend that is Closed already (it failed, or the guest closed the device) is not asked: it would not answer.
         """
-        back = f"/local/domain/0/backend/vbd/{domid}/{ident}"
+        back = f"/local/domain/0/backend/{kind}/{domid}/{ident}"
         if back not in self._watches:
-            raise ValueError(f"domain {domid} has no disk {ident}")
+            raise ValueError(missing)
+        self._plugs.pop(back, None)
 
         def ask(tx: int) -> None:
             self.client.write(f"{back}/online", 0, tx)
@@ -172,22 +271,22 @@ class Toolstack:
         def closed(_path: str) -> None:
             if self.client.read(f"{back}/state") in (None, str(int(XenbusState.Closed))):
                 self.client.unwatch(self._watches.pop(back))
-                self.client.transact(lambda tx: self._remove_disk(tx, domid, ident))
+                self.client.transact(lambda tx: self._remove(tx, domid, kind, ident))
                 done()
 
         self.client.unwatch(self._watches.pop(back))
         self.client.transact(ask)
         self._watches[back] = self.client.watch(f"{back}/state", closed)
 
-    def _remove_disk(self, tx: int, domid: int, ident: int) -> None:
+    def _remove(self, tx: int, domid: int, kind: str, ident: int) -> None:
         """The three directories, and parents that became empty: they would eat the domain's quota."""
-        for root, kind in (
-            (f"/local/domain/{domid}/device", "vbd"),
-            (f"/libxl/{domid}/device", "vbd"),
-            ("/local/domain/0/backend", f"vbd/{domid}"),
+        for root, parent in (
+            (f"/local/domain/{domid}/device", kind),
+            (f"/libxl/{domid}/device", kind),
+            ("/local/domain/0/backend", f"{kind}/{domid}"),
         ):
-            self.client.rm(f"{root}/{kind}/{ident}", tx)
-            path = f"{root}/{kind}"
+            self.client.rm(f"{root}/{parent}/{ident}", tx)
+            path = f"{root}/{parent}"
             while path != root and not self.client.directory(path, tx):
                 self.client.rm(path, tx)
                 path = path.rpartition("/")[0]
@@ -200,10 +299,12 @@ class Toolstack:
             if back.split("/")[6] == str(domid):
                 self.client.unwatch(watch)
                 del self._watches[back]
+                self._plugs.pop(back, None)
 
         def work(tx: int) -> None:
-            for ident in self.client.directory(f"/libxl/{domid}/device/vbd", tx):
-                self._remove_disk(tx, domid, int(ident))
+            for kind in KINDS:
+                for ident in self.client.directory(f"/libxl/{domid}/device/{kind}", tx):
+                    self._remove(tx, domid, kind, int(ident))
             for path in (f"/vm/{self._uuids.pop(domid)}", f"/local/domain/{domid}", f"/libxl/{domid}"):
                 self.client.rm(path, tx)
 

@@ -36,6 +36,28 @@ class _Ring:
         return SRING_HEADER_SIZE + (index & self.mask) * self.slot_size
 
 
+    def copy_out(self, index: int, count: int) -> bytes:
+        """A copy of `count` slots from a (free-running) index on, in one piece (XSA-155: look at the copy only)."""
+        view, size, first = self.view, self.slot_size, index & self.mask
+        at = SRING_HEADER_SIZE + first * size
+        if first + count <= self.size:
+            return bytes(view[at : at + count * size])
+        end, rest = SRING_HEADER_SIZE + self.size * size, first + count - self.size
+        return bytes(view[at:end]) + bytes(view[SRING_HEADER_SIZE : SRING_HEADER_SIZE + rest * size])
+
+    def copy_in(self, index: int, data: bytes) -> int:
+        """Write whole slots from a (free-running) index on; how many."""
+        view, size, first = self.view, self.slot_size, index & self.mask
+        at, count = SRING_HEADER_SIZE + first * size, len(data) // size
+        if first + count <= self.size:
+            view[at : at + len(data)] = data
+        else:
+            here = (self.size - first) * size
+            view[at : at + here] = data[:here]
+            view[SRING_HEADER_SIZE : SRING_HEADER_SIZE + len(data) - here] = data[here:]
+        return count
+
+
 class FrontRing(_Ring):
     """The frontend's end. `start` places the indices (any u32) when the ring is initialised."""
 
@@ -60,6 +82,10 @@ class FrontRing(_Ring):
         self.req_prod_pvt = (self.req_prod_pvt + 1) & U32
         return offset
 
+    def put_requests(self, data: bytes) -> None:
+        """Fill the next free slots with `data`, whole slots; the caller has seen that so many are `free`."""
+        self.req_prod_pvt = (self.req_prod_pvt + self.copy_in(self.req_prod_pvt, data)) & U32
+
     def push_requests(self) -> bool:
         """Publish what was written; True when the backend asked to be told (hold-off: its event index was passed)."""
         words, new = self.words, self.req_prod_pvt
@@ -79,11 +105,23 @@ class FrontRing(_Ring):
         self.rsp_cons = (self.rsp_cons + 1) & U32
         return offset
 
+    def copy_responses(self, count: int) -> bytes:
+        """A copy of the next `count` responses, none of them taken; the caller has seen that there are so many."""
+        return self.copy_out(self.rsp_cons, count)
+
+    def skip_responses(self, count: int) -> None:
+        """Responses that were copied are taken."""
+        self.rsp_cons = (self.rsp_cons + count) & U32
+
     def final_check_for_responses(self) -> int:
         """Ask to be told of the next response, then look once more: what came in between would never be announced."""
         if waiting := self.responses():
             return waiting
-        self.words[RSP_EVENT] = (self.rsp_cons + 1) & U32
+        return self.ask_for_responses(1)
+
+    def ask_for_responses(self, count: int) -> int:
+        """Ask to be told when `count` responses wait; then look once more."""
+        self.words[RSP_EVENT] = (self.rsp_cons + count) & U32
         return self.responses()
 
 
@@ -111,11 +149,23 @@ class BackRing(_Ring):
         self.req_cons = (self.req_cons + 1) & U32
         return offset
 
+    def copy_requests(self, count: int) -> bytes:
+        """A copy of the next `count` requests, none of them taken; the caller has seen that there are so many."""
+        return self.copy_out(self.req_cons, count)
+
+    def skip_requests(self, count: int) -> None:
+        """Requests that were copied are taken."""
+        self.req_cons = (self.req_cons + count) & U32
+
     def next_response(self) -> int:
         """Offset of the next response slot. There is always one: a response answers a request that was taken."""
         offset = SRING_HEADER_SIZE + (self.rsp_prod_pvt & self.mask) * self.slot_size
         self.rsp_prod_pvt = (self.rsp_prod_pvt + 1) & U32
         return offset
+
+    def put_responses(self, data: bytes) -> None:
+        """Fill the next response slots with `data`, whole slots."""
+        self.rsp_prod_pvt = (self.rsp_prod_pvt + self.copy_in(self.rsp_prod_pvt, data)) & U32
 
     def push_responses(self) -> bool:
         """Publish responses; True when the frontend asked to be told."""
@@ -127,5 +177,9 @@ class BackRing(_Ring):
         """Ask to be told of the next request, then look once more."""
         if waiting := self.requests():
             return waiting
-        self.words[REQ_EVENT] = (self.req_cons + 1) & U32
+        return self.ask_for_requests(1)
+
+    def ask_for_requests(self, count: int) -> int:
+        """Ask to be told when `count` requests wait, for less is of no use; then look once more."""
+        self.words[REQ_EVENT] = (self.req_cons + count) & U32
         return self.requests()

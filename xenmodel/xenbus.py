@@ -140,6 +140,8 @@ class Frontend(XenbusDevice):
         S.Closed: "_backend_closed",
     }
 
+    negotiated = S.Initialised  # what negotiate() leads to; netfront goes straight to Connected
+
     def negotiate(self) -> None:
         """Read what the backend offers, publish rings and ports. Then we are Initialised."""
 
@@ -147,7 +149,7 @@ class Frontend(XenbusDevice):
         """The backend is Connected: read the device's properties and go live. Then we are Connected."""
 
     def reconfigured(self) -> None:
-        """The backend said Connected again: its properties may have changed (a resize)."""
+        """The backend said Connected when we were already: its properties may have changed (a resize)."""
 
     def close(self) -> None:
         """The guest closes the device: Closing, and Closed when the backend has followed or is gone."""
@@ -162,13 +164,14 @@ class Frontend(XenbusDevice):
         if self.state is S.Closed:  # the backend went away and is back
             self.switch_state(S.Initialising)
         self.negotiate()
-        self.switch_state(S.Initialised)
+        self.switch_state(self.negotiated)
 
     def _go_live(self) -> None:
+        if self.state is not S.Connected:
+            self._talk_to_backend()
         if self.state is S.Connected:
             self.reconfigured()
             return
-        self._talk_to_backend()
         if self.state is S.Initialised and not self.broken:
             self.connect()
             self.switch_state(S.Connected)

@@ -1,0 +1,70 @@
+"""link.py: the port where a vif meets the world, as netfront and netback see it.
+
+A FramePort is one network interface. It has one or more lanes (the queues of a TAP), and each frame crosses with a
+virtio_net header of VNET_SIZE bytes before it (netdev/vnet.py), which says what the frame still lacks: its transport
+checksum, or its segmentation. The in-memory forms are in netdev/cable.py, the real one in netdev/tap.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from xenmodel.types import PeerFault
+
+VNET_SIZE = 10  # struct virtio_net_hdr
+
+# what a poll() of a driver's queue came to: nothing waits any more; the batch was full; no room until its peer makes some
+IDLE, MORE, BLOCKED = range(3)
+BATCH = 64  # frames of one poll()
+
+Buffers = Sequence[memoryview | bytes]
+
+
+class PortError(Exception):
+    """The interface cannot be had; the text names it, and says why and what would be right."""
+
+
+class Plug(NamedTuple):
+    """Which interface a driver asks its host for, from the nodes of its device."""
+
+    node: str  # the device's directory
+    domid: int  # of the guest
+    handle: int
+    mac: bytes
+    queues: int  # lanes
+    name: str | None = None  # vifname
+
+
+class Lane(Protocol):
+    """One queue of an interface. Neither call waits, and neither raises for reasons of I/O."""
+
+    def read(self, buffers: Sequence[memoryview]) -> int:
+        """The next frame, header and all, scattered over `buffers`; bytes written, 0 if none waits. What does not fit
+        is cut off."""
+
+    def write(self, buffers: Buffers) -> bool:
+        """One frame, header first, gathered from `buffers`. False: it was refused; the caller counts it as dropped."""
+
+
+class FramePort(Protocol):
+    lanes: Sequence[Lane]
+
+    def offload(self, csum: bool, tso4: bool, tso6: bool) -> None:
+        """What frames read from here may leave undone: checksums; segmentation of TCP over IPv4, over IPv6 (both need
+        csum). What was queued before this may still come as it was."""
+
+    def carrier(self, up: bool) -> None:
+        """Is there anybody at our end? An interface without carrier accepts no frames from its own side."""
+
+    def close(self) -> None: ...
+
+
+def parse_mac(text: str | None, path: str) -> bytes:
+    """Six bytes of "00:16:3e:xx:xx:xx". PeerFault if it is none of a single station."""
+    parts = (text or "").split(":")
+    if len(parts) == 6 and all(1 <= len(part) <= 2 and all(c in "0123456789abcdefABCDEF" for c in part) for part in parts):
+        mac = bytes(int(part, 16) for part in parts)
+        if not mac[0] & 1 and any(mac):
+            return mac
+    raise PeerFault(f"{path} is {text!r}, not the MAC address of a station, like 00:16:3e:12:34:56")
