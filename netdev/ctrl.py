@@ -80,7 +80,7 @@ class HashState:
     def choose(self, head: bytes | memoryview) -> tuple[int | None, tuple[int, int] | None]:
         """For a frame that begins with `head`: its queue and (number of the hash type's bit, hash), the latter for
         XEN_NETIF_EXTRA_TYPE_HASH. Both None when hashing is off or no type applies: steer it as you like."""
-        if not self.flags or self.algorithm == XEN_NETIF_CTRL_HASH_ALGORITHM_NONE:
+        if self.algorithm == XEN_NETIF_CTRL_HASH_ALGORITHM_NONE:
             return None, None
         given = hash_input(head, self.flags)
         if given is None:
@@ -131,9 +131,9 @@ class HashState:
     def set_mapping(self, offset: int, entries: int, read: ReadPage) -> int:
         """Replace a part of the table, which lies within the size that was set and names queues that exist."""
         old = self.mapping
-        if offset > MAX_HASH_MAPPING_ENTRIES or entries > MAX_HASH_MAPPING_ENTRIES - offset:
+        if offset + entries > MAX_HASH_MAPPING_ENTRIES:  # nothing wraps around here (XSA-270)
             return XEN_NETIF_CTRL_STATUS_BUFFER_OVERFLOW
-        if offset > len(old) or entries > len(old) - offset:
+        if offset + entries > len(old):
             return XEN_NETIF_CTRL_STATUS_INVALID_PARAMETER
         data = read(entries * _ENTRY.size) if entries else b""
         if data is None:
@@ -250,7 +250,7 @@ class CtrlFront:
         False, and `done` is never called, if the ring was stopped or MAX_WAITING requests wait for room on it."""
         if self.stopped or len(self.waiting) >= MAX_WAITING:
             return False
-        if self.ids and not self.waiting:
+        if self.ids:  # then none waits
             self._put(kind, d0, d1, d2, done)
             self._push()
         else:

@@ -48,7 +48,8 @@ class Lane(Protocol):
 
 
 class FramePort(Protocol):
-    lanes: Sequence[Lane]
+    @property
+    def lanes(self) -> Sequence[Lane]: ...
 
     def offload(self, csum: bool, tso4: bool, tso6: bool) -> None:
         """What frames read from here may leave undone: checksums; segmentation of TCP over IPv4, over IPv6 (both need

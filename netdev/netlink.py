@@ -138,15 +138,17 @@ class Netlink:
 
     def set_link(
         self, name: str, *, up: bool | None = None, mtu: int | None = None,
-        mac: bytes | None = None, bridge: str | None = None,
+        mac: bytes | None = None, bridge: str | None = None, gso_max: int | None = None,
     ) -> None:  # fmt: skip
-        """Change what is not None, in one request. `bridge` enslaves; "" releases."""
+        """Change what is not None, in one request. `bridge` enslaves; "" releases. `gso_max`: of an unsegmented packet."""
         what = f"set interface {name!r}"
         change: dict[str, Any] = {}
         if up is not None:
             change["state"] = "up" if up else "down"
         if mtu is not None:
-            change["mtu"] = max(mtu, 0)  # no interface has 0 either, and the kernel says so
+            change["mtu"] = min(max(mtu, 0), 0xFFFFFFFF)  # these are wrong too, and the kernel says so
+        if gso_max is not None:
+            change["gso_max_size"] = gso_max
         if mac is not None:
             if len(mac) != MAC_BYTES:
                 raise self._error(what, f"MAC address {mac.hex(':')!r} has not {MAC_BYTES} bytes")

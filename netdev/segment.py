@@ -70,7 +70,7 @@ def _segments(frame: Octets, place: Transport, payload: int, end: int, mss: int)
         sequence = (sequence + mss) & _U32
         out[start + 13] = flags if stop == end else flags & ~_FIN_PSH
         flags &= ~_CWR
-        WORD.pack_into(out, start + checksum, (addresses + size - start) % MODULUS or MODULUS)
+        WORD.pack_into(out, start + checksum, (addresses + size - start) % MODULUS)
         complete(out, start, checksum)
         yield out
 

@@ -20,7 +20,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pytun import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TunTapDevice
 
@@ -86,6 +86,7 @@ class Tap:
         self.namespace = namespace
         self.lanes: list[TapLane] = []
         self._devices: list[TunTapDevice] = []
+        self.before_close: Callable[[], None] = lambda: None  # for who waits for the descriptors
         self._check(queues, mac)
         try:
             with inside(namespace):
@@ -109,7 +110,8 @@ class Tap:
         self._set(TUNSETCARRIER, struct.pack("=i", up), "its carrier (TUNSETCARRIER, which needs Linux 4.20)")
 
     def close(self) -> None:
-        """Give up the descriptors, and with them the interface. Again: nothing."""
+        """Give up the descriptors, and with them the interface; before that, before_close(). Again: nothing."""
+        self.before_close()
         for lane in self.lanes:
             lane.fd = -1  # its number may belong to another file in a moment
         for device in self._devices:

@@ -41,6 +41,13 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="let other users see the mount (default: yes for root, no for others)",
     )
+    up.add_argument(
+        "--bridge",
+        action="append",
+        default=[],
+        metavar="NAME[=ADDRESS/PREFIX[,...]]",
+        help="make this bridge for the guests' vifs, with these addresses of the host, for as long as it runs",
+    )
     up.add_argument("configs", nargs="+", metavar="GUEST.cfg", help="a guest's configuration, xl.cfg(5) syntax")
     demo = commands.add_parser(
         "demo",
@@ -66,19 +73,22 @@ def _run(argv: Sequence[str] | None) -> int:
     )
     # these need libfuse, which --help and a wrong configuration should not
     from blockdev.storage import StorageError
+    from netdev.netlink import NetlinkError
     from xenfs.fuse.mount import MountError
     from xenfs.host import HostError
 
     try:
         if options.command == "up":
+            from xenfs.network import Bridge
             from xenfs.up import up
 
-            up(load_configs(options.configs), options.mount, options.allow_other)
+            bridges = [Bridge.parse(text) for text in options.bridge]
+            up(load_configs(options.configs), options.mount, options.allow_other, bridges)
         else:
             from xenfs.demo import demo
 
             return demo(options.keep)
-    except (ConfigError, HostError, MountError, StorageError) as error:
+    except (ConfigError, HostError, MountError, NetlinkError, StorageError) as error:
         print(f"xenfs: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import trio
 
@@ -18,14 +18,17 @@ from blockdev.blkback import Blkback
 from blockdev.blkfront import Blkfront
 from blockdev.image import Image, Workers
 from blockdev.storage import Backing, Storage
+from netdev.netback import Netback
+from netdev.netfront import Netfront
 from xenfs.config import GuestConfig
 from xenfs.exports import EXPORTS, Export
 from xenfs.fuse.tree import Directory, Link
-from xenfs.nodes import text
+from xenfs.nodes import text, vif
 from xenfs.nodes.text import Text
 from xenfs.nodes.xenstore import StoreDirectory, StoreTree
 from xenfs.probe import Probe
 from xenfs.toolstack import Toolstack
+from xenfs.vifs import Vifs
 from xenmodel.domain import Domain
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.public.io.xenbus import XenbusState
@@ -36,6 +39,7 @@ from xenmodel.xenstore.client import Client
 log = logging.getLogger("xenfs.host")
 
 DOM0_MEMORY_MIB = 64
+NETWORK_S = 20.0  # what one change of the host's network may take
 
 
 class HostError(Exception):
@@ -60,12 +64,15 @@ class World:
         self.open_storage = open_storage or (lambda backing: Image(backing, self.workers, time.perf_counter))
         self.hypervisor = Hypervisor()
         self.toolstack = Toolstack(self.hypervisor)
+        self.vifs = Vifs(self.toolstack, self.kick, lambda line: self.announce(line))
         self.dom0 = self.toolstack.create_dom0(DOM0_MEMORY_MIB)
         self.guests: dict[int, Guest] = {}
         store = StoreTree(self.hypervisor.store.connect(Domid(0)))
         self.domains = Directory()
         self.root = Directory({"domains": self.domains, "xenstore": StoreDirectory(store, "/")})
-        self.backends = Probe(self.dom0, self._kernel(Domid(0)), "backend", {"vbd": self._make_blkback})
+        self.backends = Probe(self.dom0, self._kernel(Domid(0)), "backend", {
+            "vbd": self._make_blkback, "vif": self.vifs.make_back,
+        })  # fmt: skip
         self.backends.start()
         self.domains.add("0", self._directory(self.dom0, Directory()))
         self.announce: Callable[[str], None] = log.info
@@ -77,11 +84,15 @@ class World:
     # --- guests ------------------------------------------------------------------------------------------------------
 
     def create(self, config: GuestConfig) -> Guest:
-        """What `xl create` does: the domain, its kernel's bus, then its devices."""
+        """What `xl create` does: the domain, its kernel's bus, then its devices. NetlinkError: it can have no namespace."""
+        if config.vifs and config.netns_name:
+            self.vifs.network.make_namespace(config.netns_name)
         domain = self.toolstack.create(config)
         dev = Directory()
         directory = self._directory(domain, dev)
-        probe = Probe(domain, self._kernel(domain.domid), "device", {"vbd": _make_blkfront})
+
+        makers = {"vbd": _make_blkfront, "vif": self.vifs.maker(config)}
+        probe = Probe(domain, self._kernel(domain.domid), "device", makers)
         guest = Guest(domain, config, probe, directory, {})
         inspect = directory.children[b"inspect"]
         assert isinstance(inspect, Directory), "inspect is a directory"
@@ -93,6 +104,8 @@ class World:
         probe.start()
         for disk in config.disks:
             self.toolstack.attach_disk(domain.domid, disk)
+        for spec in config.vifs:
+            self.toolstack.attach_vif(domain.domid, spec.devid, spec)
         return guest
 
     def destroy(self, domid: int) -> None:
@@ -102,6 +115,8 @@ class World:
         self.domains.remove(str(domid))
         self.domains.remove(guest.config.name)
         self.hypervisor.settle()
+        if guest.config.netns_name:
+            self.vifs.network.remove_namespace(guest.config.netns_name)
 
     def _directory(self, domain: Domain, dev: Directory) -> Directory:
         inspect = Directory(
@@ -120,12 +135,16 @@ class World:
         return Directory({"dev": dev, **children} if domain.domid else dict(children))
 
     def _added(self, guest: Guest, device: XenbusDevice, dev: Directory, inspect: Directory) -> None:
-        assert isinstance(device, Blkfront), f"{device.node} is no frontend we made"
-        export = EXPORTS["vbd"](device, dev, inspect)
+        if isinstance(device, Netfront):
+            export = EXPORTS["vif"](device, dev, inspect)
+            device.on_change = lambda: self.vifs.changed(guest.config.name, device)
+        else:
+            assert isinstance(device, Blkfront), f"{device.node} is no frontend we made"
+            export = EXPORTS["vbd"](device, dev, inspect)
+            device.on_change = lambda: self._disk_changed(guest, device, export)
         guest.exports[device.node] = export
-        device.on_change = lambda: self._changed(guest, device, export)
 
-    def _changed(self, guest: Guest, front: Blkfront, export: Export) -> None:
+    def _disk_changed(self, guest: Guest, front: Blkfront, export: Export) -> None:
         export.refresh()
         size = f"{front.sectors / 2048:g} MiB" if front.sectors >= 2048 else f"{front.sectors * 512} bytes"
         if front.state is XenbusState.Connected:
@@ -146,10 +165,29 @@ class World:
     def backs(self) -> list[Blkback]:
         return [device for device in self.backends.devices.values() if isinstance(device, Blkback)]
 
+    def netfronts(self) -> Iterable[tuple[Guest, Netfront]]:
+        for guest in self.guests.values():
+            for device in guest.probe.devices.values():
+                if isinstance(device, Netfront):
+                    yield guest, device
+
+    def netbacks(self) -> list[Netback]:
+        return [device for device in self.backends.devices.values() if isinstance(device, Netback)]
+
     def _rings(self, domain: Domain) -> str:
-        fronts = [(f.node.split("/", 4)[4], f) for _, f in self.fronts() if f.domain is domain]
-        backs = [(b.node.split("/", 4)[4], b) for b in self.backs() if domain is b.domain]
-        return text.rings(fronts, backs)
+        """Rows of the frontends in `domain`, then of the backends."""
+
+        def of(devices: Iterable[Any]) -> list[tuple[str, Any]]:
+            return [(device.node.split("/", 4)[4], device) for device in devices if device.domain is domain]
+
+        return text.rings(
+            [
+                *text.front_rings(of(front for _, front in self.fronts())),
+                *vif.front_rings(of(front for _, front in self.netfronts())),
+                *text.back_rings(of(self.backs())),
+                *vif.back_rings(of(self.netbacks())),
+            ]
+        )
 
     def _make_blkback(self, domain: Domain, client: Client, node: str, peer: str, domid: int) -> Blkback:
         return Blkback(domain, client, node, peer, domid, self.open_storage)
@@ -159,32 +197,44 @@ class World:
     def kick(self) -> bool:
         """Deliver what a batch caused; True if there is more to do."""
         self.workers.reap()
+        self.vifs.network.reap()
         return self.hypervisor.deliver()
 
     def settle(self) -> None:
         """Bring the control plane to rest (start-up; no client is connected yet)."""
         self.hypervisor.settle()
+        network = self.vifs.network
+        while network.pending:
+            network.wait(NETWORK_S)
+            if not network.reap():
+                raise HostError(f"the kernel has not configured an interface within {NETWORK_S:g} s")
+            self.hypervisor.settle()
 
     def check_connected(self) -> None:
-        """HostError with the reason if a disk that was asked for is not there."""
+        """HostError with the reason if a device that was asked for is not there."""
         for guest in self.guests.values():
-            for disk in guest.config.disks:
-                where = f"/local/domain/{guest.domain.domid}/device/vbd/{disk.vdev_number}"
-                front = guest.probe.devices.get(where)
-                if front is None or front.state is not XenbusState.Connected:
-                    raise HostError(f"{guest.config.name}: {disk.vdev}: {self._why(guest, disk.vdev_number)}")
+            wanted = [(f"vbd/{disk.vdev_number}", disk.vdev) for disk in guest.config.disks]
+            wanted += [(f"vif/{spec.devid}", f"vif {spec.devid}") for spec in guest.config.vifs]
+            for device, name in wanted:
+                front = guest.probe.devices.get(f"/local/domain/{guest.domain.domid}/device/{device}")
+                up = front is not None and front.state is XenbusState.Connected
+                if not up or (isinstance(front, Netfront) and not front.link_up):
+                    raise HostError(f"{guest.config.name}: {name}: {self._why(guest, device)}")
 
-    def _why(self, guest: Guest, ident: int) -> str:
-        domid = guest.domain.domid
+    def _why(self, guest: Guest, device: str) -> str:
+        domid, read = guest.domain.domid, self.toolstack.client.read
+        kind, ident = device.split("/")
         paths = (
-            f"/local/domain/0/error/backend/vbd/{domid}/{ident}/error",
-            f"/local/domain/{domid}/error/device/vbd/{ident}/error",
+            f"/local/domain/0/error/backend/{kind}/{domid}/{ident}/error",
+            f"/local/domain/{domid}/error/device/{device}/error",
         )
-        reasons = [reason for path in paths if (reason := self.toolstack.client.read(path))]
+        reasons = [reason for path in paths if (reason := read(path))]
         # the number in front is for programs that read the node
         if reasons:
             return "; ".join(reason.partition(" ")[2] for reason in reasons)
-        node = f"/local/domain/{domid}/device/vbd/{ident}"
+        if hotplug := read(f"/local/domain/0/backend/{kind}/{domid}/{ident}/hotplug-error"):
+            return hotplug
+        node = f"/local/domain/{domid}/device/{device}"
         front = guest.probe.devices.get(node)
         return guest.probe.failures.get(node) or (front and front.broken) or "did not connect"
 
@@ -204,6 +254,13 @@ class World:
             while self.kick():
                 await trio.lowlevel.checkpoint()
 
+    async def reap_network(self) -> None:
+        """The task of the netlink worker's eventfd."""
+        while True:
+            await trio.lowlevel.wait_readable(self.vifs.network.fd)
+            while self.kick():
+                await trio.lowlevel.checkpoint()
+
     async def drain(self, timeout_s: float) -> bool:
         """Wait until no request is under way; False if the time was not enough."""
         with trio.move_on_after(timeout_s):
@@ -215,16 +272,18 @@ class World:
 
     def close(self) -> bool:
         """Close every device in order (guest first), destroy the domains, stop the workers. False: something hangs."""
-        for _, front in self.fronts():
+        devices: list[Blkfront | Netfront] = [*(f for _, f in self.fronts()), *(f for _, f in self.netfronts())]
+        for front in devices:
             front.close()
         deadline = time.monotonic() + 10
-        while any(f.state is not XenbusState.Closed for _, f in self.fronts()) and time.monotonic() < deadline:
+        while any(front.state is not XenbusState.Closed for front in devices) and time.monotonic() < deadline:
             self.kick()
             time.sleep(0.001)
         for domid in list(self.guests):
             self.destroy(domid)
         self.backends.stop()
         self.hypervisor.settle()
+        self.vifs.close()
         finished = self.workers.close()
         self.hypervisor.close()
         return finished

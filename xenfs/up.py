@@ -17,11 +17,12 @@ import trio
 
 from blockdev.blkfront import Blkfront
 from blockdev.command import Command
-from xenfs.config import GuestConfig
+from xenfs.config import GuestConfig, duplicate_macs
 from xenfs.fuse.mount import Mount, MountError, free_directory, mount, set_io_flusher
 from xenfs.fuse.serve import Server, sender
 from xenfs.fuse.session import Session
 from xenfs.host import HostError, World
+from xenfs.network import Bridge
 from xenfs.nodes.disk import Disk
 
 log = logging.getLogger("xenfs.up")
@@ -38,8 +39,11 @@ def say(line: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as we live)
 
 
-def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None = None) -> None:
-    """Serve `configs` under `mountpoint` until SIGINT or SIGTERM. HostError or MountError if it cannot be done."""
+def up(
+    configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None = None, bridges: Sequence[Bridge] = ()
+) -> None:
+    """Serve `configs` under `mountpoint` until SIGINT or SIGTERM. HostError, MountError or NetlinkError if it cannot be
+    done. `bridges` are made for as long as it lasts."""
     # 5 ms, the default, is how long a disk worker that has finished may wait for the interpreter
     sys.setswitchinterval(0.0005)
     # signals wait until the loop listens: between making a mount and serving it there is no good moment for one.
@@ -50,7 +54,10 @@ def up(configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None
     free_directory(os.path.abspath(mountpoint))
     world = World()
     world.announce = say
+    for warning in duplicate_macs(configs):
+        log.warning("%s", warning)
     try:
+        world.vifs.network.make_bridges(bridges)
         for config in configs:
             world.create(config)
             world.settle()
@@ -80,6 +87,8 @@ async def _serve(world: World, mounted: Mount) -> HostError | None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve_until_unmounted, server, stop)
             nursery.start_soon(world.reap_workers)
+            nursery.start_soon(world.reap_network)
+            nursery.start_soon(world.vifs.frames.run)
             nursery.start_soon(_obey, signals, world, stop)
             say("ready")
             await stop.wait()

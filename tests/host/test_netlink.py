@@ -59,8 +59,7 @@ class Space:
         return {row["ifname"] for row in json.loads(self.ip("-j", "link"))}
 
     def plain(self, name: str) -> None:
-        """Some interface that is no bridge, there until the namespace goes."""
-        self.ip("tuntap", "add", "dev", name, "mode", "tap")
+        self.ip("tuntap", "add", "dev", name, "mode", "tap")  # there until the namespace goes
 
     def quiet(self) -> None:
         """No IPv6 on interfaces to come, and so no chatter of it."""
@@ -103,8 +102,7 @@ def nothing_left() -> Iterator[None]:
 def name() -> Iterator[str]:
     """Of a namespace that the test makes."""
     yield PREFIX + "claim"
-    if Path(f"/run/netns/{PREFIX}claim").exists():
-        run("ip", "netns", "delete", PREFIX + "claim")
+    netlink.remove_namespace(PREFIX + "claim")
 
 
 @contextlib.contextmanager
@@ -144,7 +142,6 @@ def test_bridge_of_a_killed_run(space, reaped):
     host = Netlink(space.name)
     with space.popen(MAKE) as child:
         try:
-            assert child.stdout is not None
             assert child.stdout.readline() == b"1\n"
             with refused("'xenbr0'", space.name, f"an xenfs that is running, process {child.pid};"):
                 host.add_bridge("xenbr0")
@@ -228,7 +225,6 @@ def test_set_link(space):
     ("call", "says"),
     [
         (lambda host: host.set_link("none", up=True), "there is no interface 'none'"),
-        (lambda host: host.set_link("x" * 99, up=True), "there is no interface"),
         (lambda host: host.link(""), "there is no interface ''"),
         (lambda host: host.counters("none"), "there is no interface 'none'"),
         (lambda host: host.addresses("none"), "there is no interface 'none'"),
@@ -239,8 +235,7 @@ def test_set_link(space):
         (lambda host: host.set_link("lo", bridge="lo"), "'lo' is no bridge, but a plain interface"),
         (lambda host: host.set_link("eth0", bridge="eth1"), "'eth1' is no bridge, but tun"),
         (lambda host: host.bridge_macs("eth0"), "'eth0' is no bridge, but tun"),
-        (lambda host: host.set_link("eth0", mtu=-1), "set interface 'eth0'"),
-        (lambda host: host.set_link("eth0", mtu=67), "mtu less than device minimum"),
+        (lambda host: host.set_link("eth0", mtu=-1), "mtu less than device minimum"),
         (lambda host: host.set_link("eth0", mac=b"\1" * 6), "set interface 'eth0'"),
         (lambda host: host.set_link("eth0", mac=b"\2" * 5), "MAC address '02:02:02:02:02' has not 6 bytes"),
         (lambda host: host.add_bridge("a/b"), "make bridge 'a/b'"),
@@ -295,8 +290,7 @@ def test_forwarding_table_and_counters(space):
 
 
 def test_threads(space):
-    """Goal: one Netlink serves threads that come and go, and leaves nothing of them (see nothing_left).
-    Method: 8 threads at once, each of which makes and removes a bridge."""
+    """Goal: one Netlink serves threads that come and go, see nothing_left.  Method: 8 at once make and remove bridges."""
     host = Netlink(space.name)
 
     def work(number: int) -> None:
@@ -324,25 +318,18 @@ def test_namespace(name):
     assert {"UP", "LOOPBACK"} <= set(lo["flags"])
     with refused(f"create network namespace '{name}'", "it exists"):
         netlink.create_namespace(name)
-    assert Netlink(name).link("lo").up
+    host = Netlink(name)
+    assert host.link("lo").up
     netlink.remove_namespace(name)
     netlink.remove_namespace(name)
     assert name not in netlink.namespaces()
-    with refused(f"no network namespace '{name}'"):
-        Netlink(name)
+    with refused(f"cannot make bridge 'xenbr0': no network namespace '{name}'; `ip netns add` makes one"):
+        host.add_bridge("xenbr0")
     Path("/run/netns", name).touch()  # as a killed run may leave it
     with refused(f"cannot enter network namespace '{name}': it is none, but a file"):
         netlink.claim_namespace(name)
     netlink.remove_namespace(name)
     assert name not in netlink.namespaces()
-
-
-def test_namespace_gone_meanwhile():
-    """Goal: a namespace that is deleted under a Netlink is a clear error at the next call."""
-    with Space("gone") as space:
-        host = Netlink(space.name)
-    with refused(f"cannot make bridge 'xenbr0': no network namespace '{space.name}'; `ip netns add` makes one"):
-        host.add_bridge("xenbr0")
 
 
 @pytest.mark.parametrize("bad", ["", ".", "..", "a/b", "../a", "a\0b"])
@@ -363,7 +350,6 @@ def test_claim(name, space):
     line = [sys.executable, "-c", CLAIM, name]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRON) as child:
         try:
-            assert child.stdout is not None
             assert child.stdout.readline() == b"1\n"
             with refused(f"'{name}'", f"an xenfs that is running, process {child.pid};"):
                 netlink.claim_namespace(name)
@@ -390,7 +376,6 @@ FAIL = "import sys\nfrom netdev.netlink import *\ntry:\n    {}\nexcept NetlinkEr
     [
         ("sys_admin", "create_namespace(sys.argv[1])", "Operation not permitted; be root"),
         ("sys_admin", "Netlink(sys.argv[2])", "cannot enter network namespace"),
-        ("net_admin", "Netlink().add_bridge('xenbr0')", "Operation not permitted; be root"),
         ("net_admin", "Netlink().set_link('lo', up=True)", "set interface 'lo': Operation not permitted; be root"),
     ],
 )

@@ -46,9 +46,9 @@ class Guest:
         self.gref = self.domain.grants.grant_access(pair.back.domid, self.pfn)
         self.port = self.domain.events.alloc_unbound(pair.back.domid, lambda port: None)
 
-    def put(self, kind: int, d0: int = 0, d1: int = 0, d2: int = 0, ident: int = 7) -> None:
+    def put(self, kind: int, d0: int = 0, d1: int = 0, d2: int = 0, ident: int = 7, tell: bool = True) -> None:
         CTRL_REQUEST.pack_into(self.ring.view, self.ring.next_request(), ident, kind, d0, d1, d2)
-        if self.ring.push_requests():
+        if self.ring.push_requests() and tell:
             self.domain.events.send(self.port)
 
     def answers(self) -> list[tuple[int, int, int, int]]:
@@ -113,8 +113,15 @@ class ByHand:
         self.case.pair.settle()
         return [CTRL_REQUEST.unpack_from(self.ring.view, self.ring.next_request()) for _ in range(self.ring.requests())]
 
-    def answer(self, ident: int, kind: int, status: int = OKAY, data: int = 0) -> None:
+    def answer_all(self) -> None:
+        """At once, and without an event."""
+        for _ in range(self.ring.requests()):
+            ident, kind, *_ = CTRL_REQUEST.unpack_from(self.ring.view, self.ring.next_request())
+            self.answer(ident, kind, tell=False)
+
+    def answer(self, ident: int, kind: int, status: int = OKAY, data: int = 0, tell: bool = True) -> None:
         CTRL_RESPONSE.pack_into(self.ring.view, self.ring.next_response(), ident, kind, status, data)
         self.ring.push_responses()
-        self.case.pair.back.events.send(self.port)
-        self.case.pair.settle()
+        if tell:
+            self.case.pair.back.events.send(self.port)
+            self.case.pair.settle()

@@ -112,6 +112,27 @@ def test_tcp_may_also_send_zero():
     assert verify(frame._replace(check=1).packed) is False
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_pseudo_header_of_ones(version: int):
+    """Goal: a pseudo-header that adds up to 0xffff has that sum, not 0.  Method: an address with the missing word."""
+    packed = bytearray(Frame(version).packed)
+    place = transport(packed)
+    assert place is not None
+    missing = 0xFFFF - pseudo(packed, place, 20)
+    last = packed[place.start - 2] << 8 | packed[place.start - 1]
+    packed[place.start - 2 : place.start] = pack(">H", last + missing)
+    assert pseudo(packed, place, 20) == 0xFFFF
+
+
+def test_a_header_is_at_least_its_size():
+    """Goal: a sum that is right over too few bytes is not right.  Method: an IP length that ends behind the ports, and
+    a port which makes the sum over them what it should be."""
+    frame = Frame(ports=(0, 0), payload=bytes(20))
+    port = 0xFFFF - rfc1071(frame.addresses + pack(">HH", TCP, 4))
+    packed = frame._replace(ports=(port, 0)).packed
+    assert verify(packed[:16] + pack(">H", 24) + packed[18:]) is False
+
+
 def test_nothing_to_check():
     assert verify(b"") is None
     assert verify(Frame(protocol=1, payload=bytes(40)).packed) is None

@@ -21,12 +21,13 @@ CASES: dict[str, tuple[tuple[int, int], list[tuple[int, float, float]]]] = {
     "nothing costs nothing": (SLOW, [(0, 0, 0), (1000, 0, 0), (0, 0, 0)]),
     "a jump fills the burst and no more": (SLOW, [(BURST, 3600, 0), (1, 3600, 3600.01)]),
     "a clock that goes back": (SLOW, [(1000, 0, 0), (1000, 0.01, 0), (1, 0.002, 0.02), (1, 0.02, 0)]),
+    "a clock that goes far back": (SLOW, [(0, 3600, 0), (BURST, 0, 0), (1, 0, 3600.01)]),
     "larger than any burst": (
         (100_000, 10_000),
         [(BURST + 5, 0, 0.01), (BURST + 5, 0.01, 0), (1, 0.01, 0.02), (99_995, 0.02, 0), (1, 0.02, 0.03)],
     ),
     "a byte each microsecond": ((1, 1), [(65535, 0, 0.065534), (65535, 0.065534, 0), (1, 0.065534, 0.065535)]),
-    "credit beyond the least burst": ((500_000, 1_000_000), [(500_000, 0, 0), (400_000, 9, 0), (100_001, 9, 10)]),
+    "credit beyond the least burst": ((500_000, 1_000_000), [(500_000, 0, 0), (250_000, 9, 0), (250_000, 9, 0), (1, 9, 10)]),
 }
 
 

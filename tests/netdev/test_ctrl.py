@@ -181,9 +181,13 @@ def test_closing_before_an_answer(case: Case) -> None:
         assert front.request(GET_SIZE, 0, 0, 0, case.done)
     assert front.set_hash(IPV4, KEY, [1], case.done)
     front.stop()
+    assert not front.waiting and case.told == [(NO_ANSWER, 0)] * (SLOTS + 3)
+    another = front.domain.events.alloc_unbound(case.pair.back.domid)
+    assert another == front.port, "the number is free again"
     front.stop()
+    assert front.domain.events.close(another) == 0, "and is not ours any more"
     front.release()
-    assert case.told == [(NO_ANSWER, 0)] * (SLOTS + 3) and case.footprint.grown() == []
+    assert len(case.told) == SLOTS + 3 and case.footprint.grown() == []
     assert not front.set_hash(IPV4, KEY, [1], case.done) and case.footprint.grown() == []
 
 

@@ -155,8 +155,9 @@ def test_a_guest_that_never_stops_asking(case: Case) -> None:
             return super().get_flags()
 
     back = Backend(case.pair, guest, Endless(QUEUES))
+    case.pair.settle()
     for _ in range(SLOTS):
-        guest.put(GET_FLAGS)
+        guest.put(GET_FLAGS, tell=False)
     back.ctrl.on_event(back.port)
     assert back.ring.req_cons == 2 * SLOTS and case.pair.back.events.is_pending(back.port)
     case.pair.settle()
@@ -242,3 +243,47 @@ def test_a_backend_that_keeps_pages(case: Case) -> None:
     assert bytes(kept.view[:40]) == KEY
 
 
+def test_a_backend_that_never_stops_answering(case: Case) -> None:
+    """Goal: the frontend's turn is bounded too.
+    Method: each callback asks again, and the backend answers at once, as one on another processor would."""
+    front = case.front()
+    back = ByHand(case, front)
+    case.pair.settle()
+
+    def again(status: int, data: int) -> None:
+        case.done(status, data)
+        if len(case.told) < 3 * SLOTS and front.request(GET_SIZE, 0, 0, 0, again):
+            back.answer_all()
+
+    assert front.request(GET_SIZE, 0, 0, 0, again)
+    back.answer_all()
+    front.on_event(front.port)
+    assert len(case.told) == SLOTS and front.domain.events.is_pending(front.port)
+    case.pair.settle()
+    assert len(case.told) == 3 * SLOTS and case.faults == []
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_an_owner_that_stops_in_a_callback(case: Case, keeps: bool) -> None:
+    """Goal: after that the ring is not looked at, and no fault is reported of a device that is closed already."""
+    front = case.front()
+    back = ByHand(case, front)
+
+    def stop(status: int, data: int) -> None:
+        case.done(status, data)
+        front.stop()
+
+    assert front.set_hash(IPV4, KEY, [], stop)
+    assert front.request(GET_SIZE, 0, 0, 0, case.done)
+    ((ident, kind, *_), (other, *_)) = back.take()
+    for expected in (SET_ALGORITHM, SET_FLAGS, SET_KEY):
+        assert kind == expected
+        back.answer(ident, kind)
+        ((ident, kind, gref, *_),) = back.take()
+        if kind == SET_KEY and keeps:
+            assert case.pair.back.maptrack.map(front.domain.domid, gref, GNTMAP_host_map | GNTMAP_readonly)[1] is not None
+    back.answer(ident, kind, tell=False)
+    before = front.ring.rsp_cons
+    back.answer(other, GET_SIZE)
+    assert case.told == [(OKAY, 0), (NO_ANSWER, 0)] and case.faults == []
+    assert front.ring.rsp_cons == before + 1

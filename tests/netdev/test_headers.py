@@ -135,6 +135,7 @@ NEITHER = {
     "last fragment": Frame(payload=bytes(40), fragment=0x00FF),
     "fragment far away": Frame(payload=bytes(40), fragment=0x1F00),
     "fragment with options": Frame(payload=bytes(40), fragment=0x2000, options=bytes(4)),
+    "last fragment with options": Frame(payload=bytes(40), fragment=0x00FF, options=bytes(4)),
     "three tags": Frame(payload=bytes(40), tags=(0x88A8, 0x8100, 0x8100)),
     "unknown tag": Frame(payload=bytes(40), tags=(0x9100,)),
     "IPv6 fragment": Frame(6, payload=bytes(40), extensions=((44, bytes(7)),)),
@@ -202,6 +203,8 @@ def test_flow_hash_never_changes():
     """Goal: the same in every run and every process.  Method: the values themselves, CRC-32 of what the docstring names."""
     assert flow_hash(Frame().packed) == 0x676F7C91
     assert flow_hash(Frame(6, UDP).packed) == 0x7D2E7650
+    assert flow_hash(Frame(protocol=ICMP).packed) == 0x849B6BC7
+    assert flow_hash(Frame(6, protocol=58).packed) == 0xDD483D0F
     assert flow_hash(b"\xff" * 6 + b"\2\0\0\0\0\1" + b"\x08\x06" + bytes(28)) == 0x714D22B4
 
 

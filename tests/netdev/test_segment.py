@@ -92,6 +92,13 @@ def test_lengths_that_sender_left_blank(version: int):
         assert [bytes(piece) for piece in segment(packed, 64)] == right, length
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_numbers_wrap(version: int):
+    """Goal: sequence number and IPv4 id go on at 0.  Method: both just below their end."""
+    frame = Frame(version, payload=bytes(700), sequence=2**32 - 250, ident=0xFFFE)
+    assert [bytes(piece) for piece in segment(frame.packed, 100)] == by_hand(frame, 100)
+
+
 def test_padding_is_not_payload():
     for frame in (Frame(payload=b"x"), Frame(), Frame(payload=bytes(300))):
         padded = frame._replace(padding=b"\xee" * 6).packed

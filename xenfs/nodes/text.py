@@ -64,22 +64,32 @@ def grants(domain: Domain) -> str:
     return text
 
 
-def rings(fronts: Iterable[tuple[str, Blkfront]], backs: Iterable[tuple[str, Blkback]]) -> str:
+Row = tuple[object, ...]
+
+
+def rings(rows: Iterable[Row]) -> str:
     """Every ring: its end, size, shared indices, and what is under way."""
-    rows: list[tuple[object, ...]] = []
+    header = ("device", "end", "queue", "slots", "req_prod", "req_event", "rsp_prod", "rsp_event", "busy", "waiting")
+    return table((*header, "served"), rows)
+
+
+def front_rings(fronts: Iterable[tuple[str, Blkfront]]) -> Iterable[Row]:
+    """Rows for rings(), of the disks' frontends."""
     for name, front in fronts:
         for i, queue in enumerate(front.queues):
             ring, words = queue.ring, queue.ring.words
             shared = (words[REQ_PROD], words[REQ_EVENT], words[RSP_PROD], words[RSP_EVENT])
-            rows.append((name, "front", i, ring.size, *shared, ring.size - ring.free, len(front.waiting), ""))
+            yield (name, "front", i, ring.size, *shared, ring.size - ring.free, len(front.waiting), "")
+
+
+def back_rings(backs: Iterable[tuple[str, Blkback]]) -> Iterable[Row]:
+    """And of their backends."""
     for name, back in backs:
-        for i, back_queue in enumerate(back.queues):
-            words, count = back_queue.ring.words, back_queue.statistics
+        for i, queue in enumerate(back.queues):
+            words, count = queue.ring.words, queue.statistics
             shared = (words[REQ_PROD], words[REQ_EVENT], words[RSP_PROD], words[RSP_EVENT])
             served = f"rd={count.rd_req} wr={count.wr_req} f={count.f_req} ds={count.ds_req} errors={count.errors}"
-            rows.append((name, "back", i, back_queue.ring.size, *shared, back_queue.running, "", served))
-    header = ("device", "end", "queue", "slots", "req_prod", "req_event", "rsp_prod", "rsp_event", "busy", "waiting")
-    return table((*header, "served"), rows)
+            yield (name, "back", i, queue.ring.size, *shared, queue.running, "", served)
 
 
 def vbd(front: Blkfront) -> str:

@@ -1,0 +1,111 @@
+"""vifs.py: the vifs of a host: their drivers with an interface each, plugged in as Xen's scripts do, and their frames.
+
+World owns one of these and puts its makers into the buses' tables. Everything a driver asks of the host's network goes
+through Network; everything that moves frames through Frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from netdev.netback import Netback
+from netdev.netfront import Netfront, Want
+from netdev.tap import Tap
+from xenfs.config import GuestConfig
+from xenfs.frames import Frames
+from xenfs.network import Network, spec_of
+from xenfs.probe import Make
+from xenfs.toolstack import HotplugDone, Toolstack
+from xenmodel.domain import Domain
+from xenmodel.types import PeerFault
+from xenmodel.xenstore.client import Client
+
+
+class Vifs:
+    """`announce` says a line to the user."""
+
+    def __init__(self, toolstack: Toolstack, kick: Callable[[], bool], announce: Callable[[str], None]) -> None:
+        self.network = Network()
+        self.backs: dict[str, Netback] = {}  # by backend directory
+        self.frames = Frames(kick, self.backs.values)
+        self.toolstack = toolstack
+        self.announce = announce
+        toolstack.hotplug_vif = self._plug
+
+    def maker(self, config: GuestConfig) -> Make:
+        """What makes the frontends of one guest."""
+
+        def make(domain: Domain, client: Client, node: str, peer: str, domid: int) -> Netfront:
+            spec = spec_of(config, client.read_int(f"{node}/handle", 0))
+            want = Want(queues=spec.queues if spec else 1)
+            front = Netfront(domain, client, node, peer, domid, lambda plug: self.network.open_front(config, plug), want)
+            tap = _tap(front)
+
+            def ready(result: object) -> None:
+                if isinstance(result, Exception):
+                    front.fail(PeerFault(str(result)))
+
+            self.network.set_up_front(tap, front.mtu, spec.ip if spec else (), ready)
+            self._serve(front)
+            return front
+
+        return make
+
+    def make_back(self, domain: Domain, client: Client, node: str, peer: str, domid: int) -> Netback:
+        back = Netback(domain, client, node, peer, domid, self.network.open_back, self.frames.clock)
+        back.on_deadline = self.frames.deadline_changed
+        self.backs[node] = back
+        self._serve(back)
+        return back
+
+    def _serve(self, device: Netfront | Netback) -> None:
+        """Move its frames, until its interface is closed: then the descriptors may be other files in a moment."""
+        tap = _tap(device)
+        self.frames.add(device, [lane.fd for lane in tap.lanes])
+
+        def closing() -> None:
+            self.frames.remove(device)
+            self.backs.pop(device.node, None)
+
+        tap.before_close = closing
+
+    def changed(self, guest: str, front: Netfront) -> None:
+        """A frontend's link came or went: when it came, say so to the user and to its neighbours."""
+        if not front.link_up:
+            return
+        tap = _tap(front)
+        where = f" in network namespace {tap.namespace}" if tap.namespace else ""
+        bridge = self.toolstack.client.read(f"{front.peer_node}/bridge")
+        self.announce(f"{guest} {tap.name}: {front.mac.hex(':')}{where}, bridge {bridge}, connected")
+
+        def known(frames: object) -> None:
+            if isinstance(frames, list):
+                front.announce(frames)  # in vain if it was disconnected meanwhile
+
+        self.network.announcements(tap, known)
+
+    def close(self) -> None:
+        """When all drivers are gone."""
+        self.network.close()
+        self.frames.close()
+
+    def _plug(self, node: str, done: HotplugDone) -> None:
+        """The vif script: the backend's interface onto its bridge. In a worker; `done` comes later, from the loop."""
+        back, read = self.backs.get(node), self.toolstack.client.read
+        if back is None:
+            done("the backend is gone")
+            return
+        mtu = read(f"{node}/mtu")
+
+        def plugged(result: object) -> None:
+            if isinstance(result, int):
+                done(None, result)
+            else:
+                done(str(result))
+
+        self.network.online(back.name, read(f"{node}/bridge") or "", int(mtu) if mtu else None, plugged)
+
+
+def _tap(device: Netfront | Netback) -> Tap:
+    assert isinstance(device.port, Tap), f"{device.node} has an interface that is no TAP"
+    return device.port
