@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from netdev.checksum import complete
 from netdev.headers import HEAD_BYTES, transport
-from netdev.link import BATCH, BLOCKED, IDLE, MORE, VNET_SIZE, Lane
+from netdev.link import BATCH, BATCH_FIRST, BLOCKED, IDLE, MORE, VNET_SIZE, Lane
 from netdev.packet import SMALLEST_FRAME, build_rx, gso_extra
 from netdev.statistics import Statistics
 from netdev.vnet import F_DATA_VALID, F_NEEDS_CSUM, GSO_ECN, GSO_TCPV4, VNET
@@ -48,8 +48,7 @@ DATA_PAGES = -(-LARGEST_FRAME // PAGE_SIZE)
 DRAIN_S = 10.0  # Linux: rx_drain_timeout_msecs
 STALL_S = 60.0  # Linux: rx_stall_timeout_msecs
 DISCARD_BATCH = 256
-COPY_FIRST = 8  # requests looked up beyond what the first frame of a batch may need: often there is just one frame
-COPY_AHEAD = 128  # and when there are more
+COPY_FIRST, COPY_MORE = 3, 96  # requests looked up ahead of a lone frame, and of one of many
 
 Hash = tuple[int, int]  # number of the hash type's bit, value
 
@@ -79,15 +78,20 @@ class BackRx:
         self.port = Port(0)
         self.statistics = Statistics()
         self.stopped = False
+        self.batch = BATCH_FIRST
+        self.large = False  # did frames of several pages come lately? Then their pages are looked up before the read
+        self._saw_large = False
         self.blocked_at: float | None = None  # frames wait and the guest posts no pages since then
         self.deadline: float | None = None  # when expire() wants to be called
         self.stalled = False
         self._header = memoryview(bytearray(VNET_SIZE))
         self._bounce = memoryview(bytearray(VNET_SIZE + DATA_PAGES * PAGE_SIZE))
+        self._rest = self._bounce[VNET_SIZE + PAGE_SIZE :] if takes.sg else self._bounce[:0]
         self._ids: list[int] = []  # of the requests copied in this batch, and where their pages are
         self._pfns: list[int] = []
         self._straight = False  # are those pages neighbours, in order?
         self._next = 0  # of those: the first that is not used
+        self._posted = 0  # requests that wait, when last looked at
 
     @property
     def need(self) -> int:
@@ -108,10 +112,10 @@ class BackRx:
             self.stalled = False
             self.back.stall_changed()
 
-    def _copy_requests(self, most: int) -> None:
-        """Copy what is posted, `most` of it, and look up its grants."""
-        data = self.ring.copy_requests(min(self.ring.requests(), most))
-        requests = list(RX_REQUEST.iter_unpack(data))
+    def _copy_requests(self, count: int) -> None:
+        """Copy `count` requests, or what there is, and look up their grants."""
+        self._posted = self.ring.requests()
+        requests = list(RX_REQUEST.iter_unpack(self.ring.copy_requests(min(self._posted, count))))
         self._ids = [ident for ident, _ in requests]
         pfns = self.back.peer_grants().peek([gref for _, gref in requests], self.back.domain.domid, False)
         self._straight = bool(pfns) and pfns == list(range(pfns[0], pfns[0] + len(pfns)))
@@ -119,16 +123,20 @@ class BackRx:
         self._next = 0
 
     def _room(self) -> bool:
-        """Is there room for the largest frame? A page that is not granted to us is answered, and what is before it."""
+        """Is room posted for the largest frame, and does the part of it that is wanted now lead somewhere? A page that is
+        not granted to us is answered, and what is before it."""
         need = self.need
+        ahead = need if self.large or self.back.hashing else 1
         while True:
-            if len(self._pfns) - self._next < need:
-                if self.ring.requests() < need:
+            if self._posted < need:
+                self._posted = self.ring.requests()
+                if self._posted < need:
                     return False
-                self._copy_requests(COPY_AHEAD)
+            if len(self._pfns) - self._next < ahead:
+                self._copy_requests(ahead + (COPY_FIRST if self.batch == BATCH_FIRST else COPY_MORE))
             if self._straight and self._pfns[0] >= 0:
                 return True
-            window = self._pfns[self._next : self._next + need]
+            window = self._pfns[self._next : self._next + ahead]
             if min(window) >= 0:
                 return True
             bad = next(i for i, pfn in enumerate(window) if pfn < 0) + 1
@@ -141,6 +149,7 @@ class BackRx:
         self.ring.put_responses(responses)
         self.ring.skip_requests(slots)
         self._next += slots
+        self._posted -= slots
 
     # --- frames --------------------------------------------------------------------------------------------------------
 
@@ -152,34 +161,34 @@ class BackRx:
             if self.ring.requests() < self.need:
                 return self._wait(lane)
             self._unblock()
-        self._copy_requests(self.need + COPY_FIRST)
-        outcome = MORE
-        for _ in range(BATCH):
+        self._pfns = []  # stale: the guest may have taken grants back
+        self._next = self._posted = 0
+        self._saw_large = False
+        outcome, limit, step = MORE, self.batch, self._steer if self.back.hashing else self._direct
+        for _ in range(limit):
             if not self._room():
                 outcome = BLOCKED
                 break
-            if self.back.hashing:
-                if not self._steer(lane):
-                    outcome = IDLE
-                    break
-                continue
-            if not self._direct(lane):
+            if not step(lane):
                 outcome = IDLE
                 break
+        self.batch = BATCH_FIRST if outcome == IDLE else min(4 * limit, BATCH)
+        self.large = self._saw_large
         if self.ring.push_responses():
             self.events.send(self.port)
-        if outcome == BLOCKED and self.ring.ask_for_requests(self.need) < self.need:
-            return self._wait(lane)
-        return MORE if outcome == BLOCKED else outcome
+        if outcome == BLOCKED:
+            return MORE if self.ring.ask_for_requests(self.need) >= self.need else self._wait(lane)
+        return outcome
 
     def _direct(self, lane: Lane) -> bool:
         """One frame from the interface into the guest's pages. False: none waits."""
         first, header, memory = self._next, self._header, self.back.memory
         at = self._pfns[first] << PAGE_SHIFT
-        page = memory[at : at + PAGE_SIZE]
-        buffers = [header, page]
-        if self.pages > 1:
+        buffers = [header, memory[at : at + PAGE_SIZE]]
+        if self.large:
             buffers += self._runs(first + 1 + self.skip, self.pages - 1)
+        else:
+            buffers.append(self._rest)
         size = lane.read(buffers) - VNET_SIZE
         if size < SMALLEST_FRAME:
             if size < 0:
@@ -223,7 +232,8 @@ class BackRx:
         extra = self._gso_slot(gso_type, gso_size)
         rx_flags, finish = self._checksum(flags, head)
         extras, pages = len(extra) // RX_SLOT_SIZE, (size + PAGE_SIZE - 1) >> PAGE_SHIFT
-        if not finish and (pages == 1 or extras == self.skip):
+        self._saw_large |= pages > 1
+        if not finish and (pages == 1 or (self.large and extras == self.skip)):
             ids = self._ids
             if pages == 1:
                 self._respond(build_rx(ids[first : first + 1], size, rx_flags, extra), 1 + extras)
@@ -233,10 +243,15 @@ class BackRx:
             return True
         views = [self.back.memory[data : data + PAGE_SIZE]]
         if pages > 1:
-            views += self._runs(first + 1 + self.skip, self.pages - 1)
+            views += self._runs(first + 1 + self.skip, self.pages - 1) if self.large else [self._rest]
         frame = bytearray(b"".join(views)[:size])
         if finish and start + offset + 2 <= size:
             complete(frame, start, offset)
+        if pages > 1 and not self.large:
+            self._saw_large = self.large = True  # and the next such frame is read into the guest's pages at once
+            if not self._room():
+                self.statistics.drop("not granted")
+                return False
         self._scatter(frame, rx_flags, extra)
         return True
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from netdev.checksum import complete
 from netdev.headers import HEAD_BYTES, flow_hash, transport
-from netdev.link import VNET_SIZE, Buffers, FramePort, Lane
+from netdev.link import VNET_SIZE, Buffers, Lane
 from netdev.segment import segment
 from netdev.vnet import F_NEEDS_CSUM, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, VNET, gso
 
@@ -92,7 +92,7 @@ class MemoryLane(Lane):
         return True
 
 
-class MemoryPort(FramePort):
+class MemoryPort:
     """One end. Carrier is up and all offloads are off until told otherwise, as on a fresh TAP.
 
     `on_readable` runs inside the write that put a frame into an empty lane: it may mark work, and should not do it.

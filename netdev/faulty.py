@@ -34,7 +34,7 @@ class _WrappedLane(Lane):
         return self.wrapper.submit(self.inner, buffers)
 
 
-class _Wrapper(FramePort):
+class _Wrapper:
     """Passes everything on; a filter overrides `submit`."""
 
     def __init__(self, inner: FramePort) -> None:

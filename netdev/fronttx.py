@@ -16,7 +16,7 @@ from struct import Struct
 
 from netdev.checksum import complete
 from netdev.headers import HEAD_BYTES, transport
-from netdev.link import BATCH, BLOCKED, IDLE, MORE, VNET_SIZE, Lane
+from netdev.link import BATCH, BATCH_FIRST, BLOCKED, IDLE, MORE, VNET_SIZE, Lane
 from netdev.packet import SMALLEST_FRAME, build_tx, gso_extra, tx_template
 from netdev.pages import Pages
 from netdev.statistics import Statistics
@@ -50,6 +50,7 @@ class FrontTx:
         self.most_bytes = XEN_NETIF_MAX_TX_SIZE if sg else PAGE_SIZE
         self.statistics = Statistics()
         self.port = 0
+        self.batch = BATCH_FIRST
         self.blocked = False  # a poll() found no room
         self.on_room: Callable[[], None] = lambda: None
         self.ring_page = Pages(domain, peer)
@@ -78,14 +79,16 @@ class FrontTx:
         ]
 
     def poll(self, lane: Lane) -> int:
-        """Take what the interface has to send: IDLE, MORE or BLOCKED (then on_room() is called)."""
+        """Take what the interface has to send: IDLE, MORE or BLOCKED (then on_room() is called). PeerFault as on_event()."""
+        if self.ring.responses():
+            self._reap()
         read, unpack, pack = lane.read, VNET.unpack_from, TX_REQUEST.pack
         buffers, headers, grefs, out, plain = self.buffers, self.headers, self.grefs, self.out, self.plain
         size, mask, head, free = self.size, self.size - 1, self.head, self.ring.free
         most_out = self.tail + size - READ_PAGES
         parts: list[bytes] = []
         total, outcome = 0, MORE
-        for _ in range(BATCH):
+        for _ in range(self.batch):
             if head > most_out or free < MOST_PER_FRAME:
                 outcome = BLOCKED
                 break
@@ -117,11 +120,15 @@ class FrontTx:
                 parts.append(pack(grefs[page], 0, tx_flags, page, length))
             total += length
         self.head = head
-        self.blocked = outcome == BLOCKED
+        self.batch = BATCH_FIRST if outcome == IDLE else min(4 * self.batch, BATCH)
         if parts:
             self.statistics.packets += len(parts)
             self.statistics.bytes += total
             self._publish(b"".join(parts))
+        if outcome == BLOCKED:
+            self.blocked = True
+            if self.ring.final_check_for_responses():
+                self.events.raise_again(self.port)
         return outcome
 
     def _publish(self, slots: bytes) -> None:
@@ -192,28 +199,35 @@ class FrontTx:
 
     def on_event(self) -> None:
         """Pages come back. PeerFault if the backend claims what is not so."""
-        ring, out = self.ring, self.out
-        size, lost = self.size, 0
-        while waiting := ring.final_check_for_responses():
-            data = ring.copy_responses(waiting)
-            ring.skip_responses(waiting)
-            for ident, status in RESPONSE.iter_unpack(data):
-                if status == NETIF_RSP_NULL:
-                    continue  # of an extra slot, which has no page
-                if ident >= size or not out[ident]:
-                    raise PeerFault(f"tx response for id {ident}, which is not out")
-                out[ident] = 0
-                if status:
-                    lost += 1
+        if self.ring.final_check_for_responses():
+            self._reap()
+        self.ring.ask_for_responses(self.size // 2)  # they are taken by the next poll(): no need to be told of each
+        if self.blocked and self.head <= self.tail + self.size - READ_PAGES and self.ring.free >= MOST_PER_FRAME:
+            self.blocked = False
+            self.on_room()
+        elif self.blocked and self.ring.final_check_for_responses():
+            self.events.raise_again(self.port)
+
+    def _reap(self) -> None:
+        ring, out, size = self.ring, self.out, self.size
+        lost = 0
+        waiting = ring.responses()
+        data = ring.copy_responses(waiting)
+        ring.skip_responses(waiting)
+        for ident, status in RESPONSE.iter_unpack(data):
+            if status == NETIF_RSP_NULL:
+                continue  # of an extra slot, which has no page
+            if ident >= size or not out[ident]:
+                raise PeerFault(f"tx response for id {ident}, which is not out")
+            out[ident] = 0
+            if status:
+                lost += 1
         if lost:
             self.statistics.drop("refused by the backend", lost)
         tail, mask = self.tail, size - 1
         while tail < self.head and not out[tail & mask]:
             tail += 1
         self.tail = tail
-        if self.blocked and self.head <= tail + size - READ_PAGES and ring.free >= MOST_PER_FRAME:
-            self.blocked = False
-            self.on_room()
 
     def release(self) -> bool:
         """Take ring and pages back. False: the backend still has some of them mapped."""
