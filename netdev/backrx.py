@@ -15,6 +15,7 @@ writes to it; a response is put into the slot of its request.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from netdev.checksum import complete
@@ -48,7 +49,7 @@ DATA_PAGES = -(-LARGEST_FRAME // PAGE_SIZE)
 DRAIN_S = 10.0  # Linux: rx_drain_timeout_msecs
 STALL_S = 60.0  # Linux: rx_stall_timeout_msecs
 DISCARD_BATCH = 256
-COPY_FIRST, COPY_MORE = 3, 96  # requests looked up ahead of a lone frame, and of one of many
+COPY_FIRST, COPY_MORE = 3, 64  # requests looked up beyond what a frame needs: at first, and when there are many frames
 
 Hash = tuple[int, int]  # number of the hash type's bit, value
 
@@ -79,6 +80,7 @@ class BackRx:
         self.statistics = Statistics()
         self.stopped = False
         self.batch = BATCH_FIRST
+        self.run = 0  # frames since the interface was last empty
         self.large = False  # did frames of several pages come lately? Then their pages are looked up before the read
         self._saw_large = False
         self.blocked_at: float | None = None  # frames wait and the guest posts no pages since then
@@ -87,11 +89,12 @@ class BackRx:
         self._header = memoryview(bytearray(VNET_SIZE))
         self._bounce = memoryview(bytearray(VNET_SIZE + DATA_PAGES * PAGE_SIZE))
         self._rest = self._bounce[VNET_SIZE + PAGE_SIZE :] if takes.sg else self._bounce[:0]
-        self._ids: list[int] = []  # of the requests copied in this batch, and where their pages are
+        self._ids: Sequence[int] = ()  # of the requests copied in this batch, and where their pages are
         self._pfns: list[int] = []
         self._straight = False  # are those pages neighbours, in order?
         self._next = 0  # of those: the first that is not used
         self._posted = 0  # requests that wait, when last looked at
+        self._more = COPY_FIRST
 
     @property
     def need(self) -> int:
@@ -115,9 +118,9 @@ class BackRx:
     def _copy_requests(self, count: int) -> None:
         """Copy `count` requests, or what there is, and look up their grants."""
         self._posted = self.ring.requests()
-        requests = list(RX_REQUEST.iter_unpack(self.ring.copy_requests(min(self._posted, count))))
-        self._ids = [ident for ident, _ in requests]
-        pfns = self.back.peer_grants().peek([gref for _, gref in requests], self.back.domain.domid, False)
+        requests = self.ring.copy_requests(min(self._posted, count))
+        self._ids, grefs = zip(*RX_REQUEST.iter_unpack(requests), strict=True) if requests else ((), ())
+        pfns = self.back.peer_grants().peek(grefs, self.back.domain.domid, False)
         self._straight = bool(pfns) and pfns == list(range(pfns[0], pfns[0] + len(pfns)))
         self._pfns = pfns
         self._next = 0
@@ -133,7 +136,8 @@ class BackRx:
                 if self._posted < need:
                     return False
             if len(self._pfns) - self._next < ahead:
-                self._copy_requests(ahead + (COPY_FIRST if self.batch == BATCH_FIRST else COPY_MORE))
+                self._copy_requests(ahead + self._more)
+                self._more = COPY_MORE
             if self._straight and self._pfns[0] >= 0:
                 return True
             window = self._pfns[self._next : self._next + ahead]
@@ -163,17 +167,22 @@ class BackRx:
             self._unblock()
         self._pfns = []  # stale: the guest may have taken grants back
         self._next = self._posted = 0
-        self._saw_large = False
-        outcome, limit, step = MORE, self.batch, self._steer if self.back.hashing else self._direct
-        for _ in range(limit):
+        self._saw_large, self._more = False, COPY_FIRST
+        outcome, step = MORE, self._steer if self.back.hashing else self._direct
+        for _ in range(self.batch):
             if not self._room():
                 outcome = BLOCKED
                 break
             if not step(lane):
                 outcome = IDLE
                 break
-        self.batch = BATCH_FIRST if outcome == IDLE else min(4 * limit, BATCH)
-        self.large = self._saw_large
+            self.run += 1
+        if outcome == IDLE:
+            self.batch, self.run = BATCH if self.run > 1 else BATCH_FIRST, 0
+        else:
+            self.batch = BATCH
+        if self._next or self._saw_large:
+            self.large = self._saw_large
         if self.ring.push_responses():
             self.events.send(self.port)
         if outcome == BLOCKED:
@@ -238,8 +247,8 @@ class BackRx:
             if pages == 1:
                 self._respond(build_rx(ids[first : first + 1], size, rx_flags, extra), 1 + extras)
             else:
-                ids = [ids[first], *ids[first + 1 + extras : first + extras + pages]]
-                self._respond(build_rx(ids, size, rx_flags, extra), pages + extras)
+                data_ids = [ids[first], *ids[first + 1 + extras : first + extras + pages]]
+                self._respond(build_rx(data_ids, size, rx_flags, extra), pages + extras)
             return True
         views = [self.back.memory[data : data + PAGE_SIZE]]
         if pages > 1:

@@ -20,6 +20,7 @@ from netdev.link import VNET_SIZE, Lane
 from netdev.packet import SMALLEST_FRAME, TxPacket, TxSlot, parse_tx
 from netdev.statistics import Statistics
 from netdev.vnet import F_DATA_VALID, VNET, gso, partial
+from xenmodel.grant_table import GrantTable
 from xenmodel.public.io.netif import (
     NETIF_RSP_ERROR,
     NETIF_RSP_NULL,
@@ -91,7 +92,8 @@ class BackTx:
         """Send the frames in `slots`; how many slots were taken (all, unless the rate limit says stop)."""
         back, statistics, write = self.back, self.statistics, self.lane.write
         table = back.peer_grants()
-        pfns = table.peek([slot[0] for slot in slots], back.domain.domid, True)
+        plain = not any(flags & _MANY_SLOTS for _, _, flags, _, _ in slots)
+        pfns = table.peek([slot[0] for slot in slots], back.domain.domid, True) if plain else []
         memory = table.memory.view
         i, count, packets, total = 0, len(slots), 0, 0
         while i < count:
@@ -100,14 +102,15 @@ class BackTx:
                 break
             if flags & _MANY_SLOTS or size < SMALLEST_FRAME:
                 packet = parse_tx(slots, data, i)
-                status = self._send(packet, slots, pfns, memory)
+                status = self._send(packet, slots, table)
                 answers += (ident, status)
                 answers += (0, NETIF_RSP_NULL) * packet.extras
-                for slot, _, _ in packet.fragments[1:]:
-                    answers += (slots[slot][3], status)
+                for slot in slots[i + 1 + packet.extras : i + packet.slots]:
+                    answers += (slot[3], status)
                 i += packet.slots
                 continue
-            pfn, status = pfns[i], NETIF_RSP_ERROR
+            pfn = pfns[i] if plain else table.peek(slots[i][:1], back.domain.domid, True)[0]
+            status = NETIF_RSP_ERROR
             if offset + size > PAGE_SIZE:
                 parse_tx(slots, data, i)  # says what is wrong
             i += 1
@@ -139,29 +142,19 @@ class BackTx:
             return None if place is None else partial(place)
         return _VALID
 
-    def _send(self, packet: TxPacket, slots: list[TxSlot], pfns: list[int], memory: memoryview) -> int:
+    def _send(self, packet: TxPacket, slots: list[TxSlot], table: GrantTable) -> int:
         """A packet of several slots, or one with something special about it. Its status."""
         if packet.multicast:
             return NETIF_RSP_OKAY if self.back.multicast_change(packet.multicast) else NETIF_RSP_ERROR
         if packet.problem:
             self.statistics.drop("malformed")
             return NETIF_RSP_ERROR
-        pieces: list[memoryview | bytes] = []
-        begin = end = -1  # of the piece that grows, in the guest's memory
-        for slot, offset, length in packet.fragments:
-            if not length:
-                continue
-            if pfns[slot] < 0:
-                self.statistics.drop("not granted")
-                return NETIF_RSP_ERROR
-            at = (pfns[slot] << PAGE_SHIFT) + offset
-            if at == end:
-                end += length
-            else:
-                if end > begin:
-                    pieces.append(memory[begin:end])
-                begin, end = at, at + length
-        pieces.append(memory[begin:end])
+        fragments = packet.fragments if packet.whole else [part for part in packet.fragments if part[2]]
+        pfns = table.peek([slots[slot][0] for slot, _, _ in fragments], self.back.domain.domid, True)
+        if min(pfns) < 0:
+            self.statistics.drop("not granted")
+            return NETIF_RSP_ERROR
+        pieces = _gather(packet, fragments, pfns, table.memory.view)
         header = self._describe(packet, pieces)
         if header is None:
             self.statistics.drop("a checksum is to be finished in no TCP or UDP frame")
@@ -216,3 +209,22 @@ class BackTx:
             self.resume_at = None
             self.events.raise_again(self.port)
 
+
+def _gather(
+    packet: TxPacket, fragments: list[tuple[int, int, int]], pfns: list[int], memory: memoryview
+) -> list[memoryview | bytes]:
+    """Where the packet's bytes are in the guest's memory, neighbours joined."""
+    if packet.whole and pfns == list(range(pfns[0], pfns[0] + len(pfns))):
+        return [memory[pfns[0] << PAGE_SHIFT : (pfns[0] << PAGE_SHIFT) + packet.size]]
+    pieces: list[memoryview | bytes] = []
+    begin = end = -1  # of the piece that grows
+    for pfn, (_, offset, length) in zip(pfns, fragments, strict=True):
+        at = (pfn << PAGE_SHIFT) + offset
+        if at == end:
+            end += length
+        else:
+            if end > begin:
+                pieces.append(memory[begin:end])
+            begin, end = at, at + length
+    pieces.append(memory[begin:end])
+    return pieces

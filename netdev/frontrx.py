@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from netdev.headers import HEAD_BYTES, transport
 from netdev.link import VNET_SIZE, Lane
-from netdev.packet import SMALLEST_FRAME, RxPacket, parse_rx
+from netdev.packet import MOST_SLOTS, SMALLEST_FRAME, RxPacket, RxSlot, parse_rx
 from netdev.pages import Pages
 from netdev.statistics import Statistics
 from netdev.vnet import F_DATA_VALID, VNET, gso, partial
@@ -47,11 +47,12 @@ class FrontRx:
         try:
             self.ring = FrontRing(self.ring_page.view, RX_SLOT_SIZE)
             size = self.size = self.ring.size
-            self.pages = Pages(domain, peer, size)
+            self.pages = Pages(domain, peer, size, overlap=MOST_SLOTS)
         except BaseException:
             self.ring_page.release()
             raise
         self.view = self.pages.view
+        self.idents = [*range(size)] * 2
         self.requests = b"".join(RX_REQUEST.pack(page, gref) for page, gref in enumerate(self.pages.grefs)) * 2
         self.ring.put_requests(self.requests[: size * RX_SLOT_SIZE])
         self.ring.push_requests()
@@ -115,24 +116,9 @@ class FrontRx:
             return None if place is None else partial(place)
         return _VALID if flags & NETRXF_data_validated else _NOTHING
 
-    def _deliver(self, packet: RxPacket, slots: list[tuple[int, int, int, int]], first: int) -> None:
+    def _deliver(self, packet: RxPacket, slots: list[RxSlot], first: int) -> None:
         """A packet of several slots, or one with something special about it."""
-        mask, view = self.size - 1, self.view
-        pieces: list[memoryview] = []
-        begin = end = -1  # of the piece that grows, in `view`
-        for slot, offset, length in packet.fragments:
-            page = (first + slot) & mask
-            if slots[slot][0] != page:
-                raise PeerFault(f"rx response for id {slots[slot][0]} in the slot of request {page}")
-            at = (page << PAGE_SHIFT) + offset
-            if at == end:
-                end += length
-            else:
-                if end > begin:
-                    pieces.append(view[begin:end])
-                begin, end = at, at + length
-        if end > begin:
-            pieces.append(view[begin:end])
+        pieces = self._gather(packet, slots, first)
         if packet.problem:
             self.statistics.drop("refused by the backend" if packet.problem.startswith("the backend") else "malformed")
             return
@@ -152,6 +138,37 @@ class FrontRx:
             self.statistics.bytes += packet.size
         else:
             self.statistics.drop("refused by the interface")
+
+    def _gather(self, packet: RxPacket, slots: list[RxSlot], first: int) -> list[memoryview]:
+        """Where the packet's bytes are, neighbours joined. PeerFault if a response is not in the slot of its request."""
+        mask, view, fragments = self.size - 1, self.view, packet.fragments
+        if packet.whole:
+            start, slot = (first + fragments[0][0]) & mask, fragments[1][0]
+            rest = (first + slot) & mask
+            count = len(fragments) - 1
+            idents = [ident for ident, _, _, _ in slots[slot : slot + count]]
+            if slots[fragments[0][0]][0] == start and idents == self.idents[rest : rest + count]:
+                size = packet.size - PAGE_SIZE
+                begin, end = start << PAGE_SHIFT, rest << PAGE_SHIFT
+                if rest == start + 1:
+                    return [view[begin : begin + packet.size]]
+                return [view[begin : begin + PAGE_SIZE], view[end : end + size]]
+        pieces: list[memoryview] = []
+        begin = end = -1  # of the piece that grows, in `view`
+        for slot, offset, length in fragments:
+            page = (first + slot) & mask
+            if slots[slot][0] != page:
+                raise PeerFault(f"rx response for id {slots[slot][0]} in the slot of request {page}")
+            at = (page << PAGE_SHIFT) + offset
+            if at == end:
+                end += length
+            else:
+                if end > begin:
+                    pieces.append(view[begin:end])
+                begin, end = at, at + length
+        if end > begin:
+            pieces.append(view[begin:end])
+        return pieces
 
     def _repost(self, count: int) -> None:
         """The next `count` slots, responses that were taken, become requests for the same pages."""

@@ -51,6 +51,7 @@ class FrontTx:
         self.statistics = Statistics()
         self.port = 0
         self.batch = BATCH_FIRST
+        self.run = 0  # frames since the interface was last empty
         self.blocked = False  # a poll() found no room
         self.on_room: Callable[[], None] = lambda: None
         self.ring_page = Pages(domain, peer)
@@ -120,7 +121,11 @@ class FrontTx:
                 parts.append(pack(grefs[page], 0, tx_flags, page, length))
             total += length
         self.head = head
-        self.batch = BATCH_FIRST if outcome == IDLE else min(4 * self.batch, BATCH)
+        self.run += len(parts)
+        if outcome == IDLE:
+            self.batch, self.run = BATCH if self.run > 1 else BATCH_FIRST, 0
+        else:
+            self.batch = BATCH
         if parts:
             self.statistics.packets += len(parts)
             self.statistics.bytes += total

@@ -16,8 +16,8 @@ VNET_SIZE = 10  # struct virtio_net_hdr
 
 # what a poll() of a driver's queue came to: nothing waits any more; the batch was full; no room until its peer makes some
 IDLE, MORE, BLOCKED = range(3)
-BATCH_FIRST = 1  # frames of the first poll() after a pause: often there is just one, and a second read() would be in vain
-BATCH = 64  # and of later ones, soon
+BATCH = 64  # frames of one poll()
+BATCH_FIRST = 1  # of the first one, where frames came singly lately: a second read would be in vain
 
 Buffers = Sequence[memoryview | bytes]
 

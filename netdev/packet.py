@@ -48,7 +48,8 @@ class Gso(NamedTuple):
 
 
 class TxPacket(NamedTuple):
-    """`slots` of the ring, `extras` of them extra slots right after the first. Fragments are (slot, offset, size)."""
+    """`slots` of the ring, `extras` of them extra slots right after the first. Fragments are (slot, offset, size); `whole`
+    if they fill their pages from the start, all but the last to the end."""
 
     slots: int
     extras: int
@@ -58,17 +59,25 @@ class TxPacket(NamedTuple):
     gso: Gso | None
     multicast: list[tuple[int, bytes]]  # (XEN_NETIF_EXTRA_TYPE_MCAST_*, address)
     problem: str
+    whole: bool = False
 
 
 class RxPacket(NamedTuple):
-    """Fragments are (slot, offset, size); slot counts from the first slot that was handed in."""
+    """`extras` of the `slots` are right after the first. Fragments and `whole` as in TxPacket."""
 
     slots: int
+    extras: int
     size: int
     flags: int
     fragments: list[tuple[int, int, int]]
     gso: Gso | None
     problem: str
+    whole: bool = False
+
+
+# RX responses of whole pages with more to come, for ids that count up as the slots of a ring of one page do
+_IDENTS = [*range(256)] * 2
+_FULL = b"".join(RX_RESPONSE.pack(ident, 0, NETRXF_more_data, PAGE_SIZE) for ident in _IDENTS)
 
 
 def _extras(data: bytes, slot_size: int, at: int, most: int) -> tuple[int, Gso | None, list[tuple[int, bytes]]]:
@@ -109,8 +118,15 @@ def parse_tx(slots: Sequence[TxSlot], data: bytes, at: int) -> TxPacket:
             extras, gso, multicast = _extras(data, TX_SLOT_SIZE, at + 1, len(slots))
         except IndexError:
             raise PeerFault("an extra slot is announced, and no slot follows") from None
-    fragments = [(at, offset, 0)]
     i, more = at + 1 + extras, flags & NETTXF_more_data
+    pages = (size + PAGE_SIZE - 1) >> PAGE_SHIFT
+    if more and not offset and 1 < pages <= MOST_SLOTS and i + pages - 1 <= len(slots):
+        last = size - ((pages - 1) << PAGE_SHIFT)
+        _, offsets, all_flags, _, sizes = zip(*slots[i : i + pages - 1], strict=True)
+        if (offsets, all_flags, sizes) == _whole(pages - 2, NETTXF_more_data, last):
+            fragments = [(at, 0, PAGE_SIZE), *zip(range(i, i + pages - 1), offsets, sizes, strict=True)]
+            return TxPacket(pages + extras, extras, size, flags, fragments, gso, multicast, problem, True)
+    fragments = [(at, offset, 0)]
     while more:
         if len(fragments) >= FATAL_SLOTS:
             raise PeerFault(f"a packet of more than {FATAL_SLOTS} slots; {MOST_SLOTS} are allowed")
@@ -136,6 +152,12 @@ def parse_tx(slots: Sequence[TxSlot], data: bytes, at: int) -> TxPacket:
     return TxPacket(i - at, extras, total, flags, fragments, gso, multicast, problem)
 
 
+def _whole(full: int, more: int, last: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Offsets, flags and sizes of the slots of a packet after its first, if the packet fills its pages: `full` whole pages
+    with `more` to come, and `last` bytes."""
+    return (0,) * (full + 1), (more,) * full + (0,), (PAGE_SIZE,) * full + (last,)
+
+
 def parse_rx(slots: Sequence[RxSlot], data: bytes, at: int) -> RxPacket | None:
     """The packet whose first response is slots[at]; None if it does not end in these slots (the rest is to come)."""
     _, offset, flags, status = slots[at]
@@ -146,7 +168,16 @@ def parse_rx(slots: Sequence[RxSlot], data: bytes, at: int) -> RxPacket | None:
         except IndexError:
             return None
         i += extras
-    fragments: list[tuple[int, int, int]] = []
+    if flags & NETRXF_more_data and status == PAGE_SIZE and not offset:
+        rest = slots[i : i + MOST_SLOTS - 1]
+        more = [slot[2] for slot in rest]
+        full = more.index(0) if 0 in more else 0
+        _, offsets, all_flags, sizes = zip(*rest[: full + 1], strict=True) if rest else ((),) * 4
+        if sizes and sizes[-1] > 0 and (offsets, all_flags, sizes) == _whole(full, NETRXF_more_data, sizes[-1]):
+            fragments = [(at, 0, PAGE_SIZE), *zip(range(i, i + full + 1), offsets, sizes, strict=True)]
+            total = ((full + 1) << PAGE_SHIFT) + sizes[-1]
+            return RxPacket(full + 2 + extras, extras, total, flags, fragments, gso, "", True)
+    fragments = []
     size, problem, slot = 0, "", at
     while True:
         if status < 0:
@@ -166,7 +197,7 @@ def parse_rx(slots: Sequence[RxSlot], data: bytes, at: int) -> RxPacket | None:
         slot, i = i, i + 1
     if size < SMALLEST_FRAME:
         problem = problem or f"{size} bytes are less than an Ethernet header"
-    return RxPacket(i - at, size, first_flags, fragments, gso, problem)
+    return RxPacket(i - at, extras, size, first_flags, fragments, gso, problem)
 
 
 def tx_template(grefs: Sequence[int]) -> bytes:
@@ -203,7 +234,11 @@ def build_rx(idents: Sequence[int], size: int, flags: int, extra: bytes) -> byte
         return pack(idents[0], 0, flags, size) + extra
     last = len(idents) - 1
     parts = [pack(idents[0], 0, flags | NETRXF_more_data, PAGE_SIZE), extra]
-    parts += [pack(idents[i], 0, NETRXF_more_data, PAGE_SIZE) for i in range(1, last)]
+    ident = idents[1] & 0xFF
+    if list(idents[1:last]) == _IDENTS[ident : ident + last - 1]:  # as all known frontends count them
+        parts.append(_FULL[ident * RX_SLOT_SIZE : (ident + last - 1) * RX_SLOT_SIZE])
+    else:
+        parts += [pack(idents[i], 0, NETRXF_more_data, PAGE_SIZE) for i in range(1, last)]
     parts.append(pack(idents[last], 0, 0, size - (last << PAGE_SHIFT)))
     return b"".join(parts)
 

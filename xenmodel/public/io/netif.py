@@ -101,6 +101,8 @@ STRUCTS = (
         {"type": 0, "flags": 1, "u.hash.type": 2, "u.hash.algorithm": 3, "u.hash.value": 4},
         EXTRA_HASH,
     ),
-    CStruct("struct xen_netif_ctrl_request", 16, {"id": 0, "type": 2, "data[0]": 4, "data[1]": 8, "data[2]": 12}, CTRL_REQUEST),
+    CStruct(
+        "struct xen_netif_ctrl_request", 16, {"id": 0, "type": 2, "data[0]": 4, "data[1]": 8, "data[2]": 12}, CTRL_REQUEST
+    ),
     CStruct("struct xen_netif_ctrl_response", 12, {"id": 0, "type": 2, "status": 4, "data": 8}, CTRL_RESPONSE),
 )
