@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from netdev.checksum import complete
 from netdev.headers import HEAD_BYTES, transport
-from netdev.link import BATCH, BATCH_FIRST, BLOCKED, IDLE, MORE, VNET_SIZE, Lane
+from netdev.link import BLOCKED, IDLE, MORE, VNET_SIZE, Batch, Lane
 from netdev.packet import SMALLEST_FRAME, build_rx, gso_extra
 from netdev.statistics import Statistics
 from netdev.vnet import F_DATA_VALID, F_NEEDS_CSUM, GSO_ECN, GSO_TCPV4, VNET
@@ -49,7 +49,8 @@ DATA_PAGES = -(-LARGEST_FRAME // PAGE_SIZE)
 DRAIN_S = 10.0  # Linux: rx_drain_timeout_msecs
 STALL_S = 60.0  # Linux: rx_stall_timeout_msecs
 DISCARD_BATCH = 256
-COPY_FIRST, COPY_MORE = 3, 64  # requests looked up beyond what a frame needs: at first, and when there are many frames
+COPY_AHEAD = 3  # requests looked up beyond what the next frames need
+MOST_FRAMES = 16
 
 Hash = tuple[int, int]  # number of the hash type's bit, value
 
@@ -79,8 +80,7 @@ class BackRx:
         self.port = Port(0)
         self.statistics = Statistics()
         self.stopped = False
-        self.batch = BATCH_FIRST
-        self.run = 0  # frames since the interface was last empty
+        self.batch = Batch()
         self.large = False  # did frames of several pages come lately? Then their pages are looked up before the read
         self._saw_large = False
         self.blocked_at: float | None = None  # frames wait and the guest posts no pages since then
@@ -94,7 +94,7 @@ class BackRx:
         self._straight = False  # are those pages neighbours, in order?
         self._next = 0  # of those: the first that is not used
         self._posted = 0  # requests that wait, when last looked at
-        self._more = COPY_FIRST
+        self._frames = 1  # for how many the next look at the requests shall be enough
 
     @property
     def need(self) -> int:
@@ -136,8 +136,8 @@ class BackRx:
                 if self._posted < need:
                     return False
             if len(self._pfns) - self._next < ahead:
-                self._copy_requests(ahead + self._more)
-                self._more = COPY_MORE
+                self._copy_requests(ahead * self._frames + COPY_AHEAD)
+                self._frames = min(2 * self._frames, MOST_FRAMES)
             if self._straight and self._pfns[0] >= 0:
                 return True
             window = self._pfns[self._next : self._next + ahead]
@@ -167,20 +167,18 @@ class BackRx:
             self._unblock()
         self._pfns = []  # stale: the guest may have taken grants back
         self._next = self._posted = 0
-        self._saw_large, self._more = False, COPY_FIRST
+        self._saw_large, self._frames = False, 1
         outcome, step = MORE, self._steer if self.back.hashing else self._direct
-        for _ in range(self.batch):
+        count = 0
+        for _ in range(self.batch.limit):
             if not self._room():
                 outcome = BLOCKED
                 break
             if not step(lane):
                 outcome = IDLE
                 break
-            self.run += 1
-        if outcome == IDLE:
-            self.batch, self.run = BATCH if self.run > 1 else BATCH_FIRST, 0
-        else:
-            self.batch = BATCH
+            count += 1
+        self.batch.took(count, outcome == IDLE)
         if self._next or self._saw_large:
             self.large = self._saw_large
         if self.ring.push_responses():

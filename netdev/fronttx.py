@@ -16,7 +16,7 @@ from struct import Struct
 
 from netdev.checksum import complete
 from netdev.headers import HEAD_BYTES, transport
-from netdev.link import BATCH, BATCH_FIRST, BLOCKED, IDLE, MORE, VNET_SIZE, Lane
+from netdev.link import BLOCKED, IDLE, MORE, VNET_SIZE, Batch, Lane
 from netdev.packet import SMALLEST_FRAME, build_tx, gso_extra, tx_template
 from netdev.pages import Pages
 from netdev.statistics import Statistics
@@ -38,6 +38,7 @@ from xenmodel.types import PAGE_SHIFT, PAGE_SIZE, Domid, PeerFault
 
 READ_PAGES = 16  # what one frame may take: XEN_NETIF_MAX_TX_SIZE
 MOST_PER_FRAME = READ_PAGES + 1  # slots: with a GSO extra
+_ONES = bytes([1]) * READ_PAGES
 RESPONSE = Struct(f"<Hh{TX_SLOT_SIZE - 4}x")
 
 
@@ -50,8 +51,7 @@ class FrontTx:
         self.most_bytes = XEN_NETIF_MAX_TX_SIZE if sg else PAGE_SIZE
         self.statistics = Statistics()
         self.port = 0
-        self.batch = BATCH_FIRST
-        self.run = 0  # frames since the interface was last empty
+        self.batch = Batch()
         self.blocked = False  # a poll() found no room
         self.on_room: Callable[[], None] = lambda: None
         self.ring_page = Pages(domain, peer)
@@ -69,6 +69,7 @@ class FrontTx:
         self.plain = (0, blank if csum6 else -1, NETTXF_data_validated, blank if csum6 else -1)
         self.head = self.tail = 0  # free-running; head - tail pages are out
         self.out = bytearray(self.size)
+        self.idents = [*range(self.size)]
         headers = memoryview(bytearray(self.size * VNET_SIZE))
         self.headers = headers
         self.buffers = [
@@ -89,7 +90,7 @@ class FrontTx:
         most_out = self.tail + size - READ_PAGES
         parts: list[bytes] = []
         total, outcome = 0, MORE
-        for _ in range(self.batch):
+        for _ in range(self.batch.limit):
             if head > most_out or free < MOST_PER_FRAME:
                 outcome = BLOCKED
                 break
@@ -110,8 +111,7 @@ class FrontTx:
                     continue
                 free -= len(slots) // TX_SLOT_SIZE
                 pages = (length + PAGE_SIZE - 1) >> PAGE_SHIFT
-                for i in range(head, head + pages):
-                    out[i & mask] = 1
+                self._mark_out(page, pages)
                 head += pages
                 parts.append(slots)
             else:
@@ -121,11 +121,7 @@ class FrontTx:
                 parts.append(pack(grefs[page], 0, tx_flags, page, length))
             total += length
         self.head = head
-        self.run += len(parts)
-        if outcome == IDLE:
-            self.batch, self.run = BATCH if self.run > 1 else BATCH_FIRST, 0
-        else:
-            self.batch = BATCH
+        self.batch.took(len(parts), outcome == IDLE)
         if parts:
             self.statistics.packets += len(parts)
             self.statistics.bytes += total
@@ -135,6 +131,11 @@ class FrontTx:
             if self.ring.final_check_for_responses():
                 self.events.raise_again(self.port)
         return outcome
+
+    def _mark_out(self, page: int, pages: int) -> None:
+        here = min(pages, self.size - page)
+        self.out[page : page + here] = _ONES[:here]
+        self.out[: pages - here] = _ONES[here:pages]
 
     def _publish(self, slots: bytes) -> None:
         self.ring.put_requests(slots)
@@ -193,8 +194,7 @@ class FrontTx:
         self.view[at : at + len(frame)] = frame
         if self.wipe:
             self._wipe(page, len(frame))
-        for i in range(self.head, self.head + pages):
-            self.out[i & (self.size - 1)] = 1
+        self._mark_out(page, pages)
         self.head += pages
         flags = NETTXF_extra_info if extra else 0
         self._publish(build_tx(self.template, self.grefs, page, len(frame), flags, extra))
@@ -215,24 +215,29 @@ class FrontTx:
 
     def _reap(self) -> None:
         ring, out, size = self.ring, self.out, self.size
-        lost = 0
         waiting = ring.responses()
         data = ring.copy_responses(waiting)
         ring.skip_responses(waiting)
-        for ident, status in RESPONSE.iter_unpack(data):
-            if status == NETIF_RSP_NULL:
-                continue  # of an extra slot, which has no page
-            if ident >= size or not out[ident]:
-                raise PeerFault(f"tx response for id {ident}, which is not out")
-            out[ident] = 0
-            if status:
-                lost += 1
+        answers = list(RESPONSE.iter_unpack(data))
+        tail = self.tail
+        # all went well and in order, as nearly always: then the pages are those from the tail on
+        page = tail & (size - 1)
+        idents = [ident for ident, status in answers if status != NETIF_RSP_NULL]  # an extra slot has no page
+        count = len(idents)
+        if idents == self.idents[page : page + count] and page + count <= size and out.count(1, page, page + count) == count:
+            out[page : page + count] = bytes(count)
+            tail += count
+        else:
+            for ident in idents:
+                if ident >= size or not out[ident]:
+                    raise PeerFault(f"tx response for id {ident}, which is not out")
+                out[ident] = 0
+            while tail < self.head and not out[tail & (size - 1)]:
+                tail += 1
+        self.tail = tail
+        lost = sum(1 for _, status in answers if status < 0)
         if lost:
             self.statistics.drop("refused by the backend", lost)
-        tail, mask = self.tail, size - 1
-        while tail < self.head and not out[tail & mask]:
-            tail += 1
-        self.tail = tail
 
     def release(self) -> bool:
         """Take ring and pages back. False: the backend still has some of them mapped."""

@@ -16,10 +16,30 @@ VNET_SIZE = 10  # struct virtio_net_hdr
 
 # what a poll() of a driver's queue came to: nothing waits any more; the batch was full; no room until its peer makes some
 IDLE, MORE, BLOCKED = range(3)
-BATCH = 64  # frames of one poll()
-BATCH_FIRST = 1  # of the first one, where frames came singly lately: a second read would be in vain
+BATCH = 64  # frames of one poll(), at most
+BATCH_HITS = 4
 
 Buffers = Sequence[memoryview | bytes]
+
+
+class Batch:
+    """How many frames a poll() reads before the host delivers. A read that finds nothing is not cheap, so it is avoided: as
+    many as came lately until nothing was left, and twice as many when that was not enough a few times in a row."""
+
+    __slots__ = ("hits", "limit", "run")
+
+    def __init__(self) -> None:
+        self.limit, self.hits, self.run = 1, 0, 0
+
+    def took(self, count: int, empty: bool) -> None:
+        """`count` frames were read, and then nothing was left (`empty`), or the limit was reached."""
+        self.run += count
+        if empty:
+            self.limit, self.hits, self.run = min(self.run or 1, BATCH), 0, 0
+        else:
+            self.hits += 1
+            if self.hits == BATCH_HITS:
+                self.limit, self.hits = min(2 * self.limit, BATCH), 0
 
 
 class PortError(Exception):

@@ -258,14 +258,15 @@ class EventChannels:
             while bits:
                 due.append((word << 6) + (bits & -bits).bit_length() - 1)
                 bits &= bits - 1
+        channels = self.channels
         try:
             while due and budget > 0:
                 port = due.pop(choose(len(due)) if choose is not None else 0)
-                channel = self.channels.get(port)
-                bit = 1 << (port & 63)
-                if not words[_PENDING + (port >> 6)] & ~words[_MASK + (port >> 6)] & bit:
+                channel, word, bit = channels.get(port), port >> 6, 1 << (port & 63)
+                pending = words[_PENDING + word]
+                if not pending & ~words[_MASK + word] & bit:
                     continue  # an earlier handler closed or masked it
-                words[_PENDING + (port >> 6)] &= ~bit
+                words[_PENDING + word] = pending & ~bit
                 if channel is not None and channel.handler is not None:
                     budget -= 1
                     channel.notified += 1
