@@ -132,7 +132,7 @@ class Netfront(Frontend):
         self.handle = client.read_int(f"{node}/handle", 0, maximum=0xFFFF)
         self.trusted = client.read_int(f"{node}/trusted", 1) != 0
         self.mac = parse_mac(client.read(f"{node}/mac"), f"{node}/mac")
-        self.mtu = client.read_int(f"{node}/mtu", DEFAULT_MTU, minimum=68, maximum=65535)
+        self.mtu = self._read_mtu()
         self.queues: list[FrontQueue] = []
         self.ctrl: CtrlFront | None = None
         self.features: dict[str, int] = {}  # what was agreed on, for inspection
@@ -161,7 +161,11 @@ class Netfront(Frontend):
         """Frames wait in that lane of the interface: send them. IDLE, MORE, or BLOCKED until on_room()."""
         if not self.queues or not self.link_up:
             return BLOCKED
-        return self.queues[lane % len(self.queues)].tx.poll(self.port.lanes[lane])
+        try:
+            return self.queues[lane % len(self.queues)].tx.poll(self.port.lanes[lane])
+        except PeerFault as fault:
+            self.fail(fault)
+            return BLOCKED
 
     def announce(self, frames: list[bytes]) -> None:
         """Tell the neighbours where we are (gratuitous ARP, unsolicited NA): our interface is behind another port now."""
@@ -268,11 +272,15 @@ class Netfront(Frontend):
         self._published = tuple(keys)
 
     def reconfigured(self) -> None:
-        """The backend is Connected: frames may flow."""
+        """The backend is Connected: frames may flow. Its script may have given us the bridge's MTU by now."""
+        self.mtu = self._read_mtu()
         if self.want.hash is not None and self.ctrl is not None and self.hash_status is None:
             types, key, mapping = self.want.hash
             self.ctrl.set_hash(types, key, mapping, self._hash_set)
         self._carrier_changed()
+
+    def _read_mtu(self) -> int:
+        return self.client.read_int(f"{self.node}/mtu", DEFAULT_MTU, minimum=68, maximum=65535)
 
     def _hash_set(self, status: int, _data: int) -> None:
         self.hash_status = status

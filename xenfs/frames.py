@@ -101,10 +101,10 @@ class Frames:
             else:
                 with trio.move_on_after(self._until_deadline()) as self._sleep:
                     await trio.lowlevel.wait_readable(self.epoll.fileno())
-                if self._sleep.cancelled_caught:
-                    for waiting in self.waiting():
-                        waiting.tick()
                 self._sleep = None
+            if not self._until_deadline():  # however busy the others are
+                for waiting in list(self.waiting()):
+                    waiting.tick()
             more = self._turn()
 
     def _turn(self) -> bool:

@@ -158,6 +158,15 @@ class Network:
 
         self.submit(job, done)
 
+    def set_mtu(self, tap: Tap, mtu: int) -> None:
+        """The bridge's script may have decided on another MTU than the configuration's."""
+
+        def done(result: object) -> None:
+            if isinstance(result, Exception):
+                log.error("%s", result)
+
+        self.submit(lambda: Netlink(tap.namespace).set_link(tap.name, mtu=mtu), done)
+
     def online(self, name: str, bridge: str, mtu: int | None, done: Done) -> None:
         """vif-bridge: the backend's interface gets the MTU, goes on the bridge, and up. done(the MTU, or an exception)."""
 

@@ -74,6 +74,7 @@ class Vifs:
         if not front.link_up:
             return
         tap = _tap(front)
+        self.network.set_mtu(tap, front.mtu)
         where = f" in network namespace {tap.namespace}" if tap.namespace else ""
         bridge = self.toolstack.client.read(f"{front.peer_node}/bridge")
         self.announce(f"{guest} {tap.name}: {front.mac.hex(':')}{where}, bridge {bridge}, connected")
