@@ -173,7 +173,7 @@ def parse_rx(slots: Sequence[RxSlot], data: bytes, at: int) -> RxPacket | None:
         more = [slot[2] for slot in rest]
         full = more.index(0) if 0 in more else 0
         _, offsets, all_flags, sizes = zip(*rest[: full + 1], strict=True) if rest else ((),) * 4
-        if sizes and sizes[-1] > 0 and (offsets, all_flags, sizes) == _whole(full, NETRXF_more_data, sizes[-1]):
+        if sizes and 0 < sizes[-1] <= PAGE_SIZE and (offsets, all_flags, sizes) == _whole(full, NETRXF_more_data, sizes[-1]):
             fragments = [(at, 0, PAGE_SIZE), *zip(range(i, i + full + 1), offsets, sizes, strict=True)]
             total = ((full + 1) << PAGE_SHIFT) + sizes[-1]
             return RxPacket(full + 2 + extras, extras, total, flags, fragments, gso, "", True)

@@ -23,6 +23,7 @@ class Pages:
         try:
             for i in range(count):
                 self.grefs.append(domain.grants.grant_access(peer, Pfn(self.pfn + i), readonly=readonly))
+            domain.memory.populate(self.pfn, count)
             order = (*range(count), *range(overlap))
             self.view = vmap([Frame(domain.memory, self.pfn + i) for i in order])
         except OutOfResources:

@@ -9,6 +9,7 @@ import pytest
 from netdev.netback import Offer
 from tests.netdev.hostile import HUGE, OKAY, Case, connected_case
 from tests.netdev.scripted import FRAME, ScriptedFront
+from xenmodel.types import PAGE_SIZE
 
 case = connected_case
 

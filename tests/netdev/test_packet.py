@@ -51,7 +51,7 @@ def rx_packet(slots: tuple[bytes, ...], at: int = 0) -> RxPacket | None:
 
 def scattered(count: int, each: int = 1) -> tuple[bytes, ...]:
     """A tx packet of 100 bytes whose `count` slots but the first hold `each` bytes."""
-    return tx(100, MORE, 50), *[tx(each, MORE, i)for i in range(count - 2)], tx(each, 0, 9)
+    return tx(100, MORE, 50), *[tx(each, MORE, i) for i in range(count - 2)], tx(each, 0, 9)
 
 
 # slots, and what the packet is: slots, extras, size, fragments (slot, offset, size); then by name
@@ -73,17 +73,11 @@ GOOD: dict[str, tuple[tuple[bytes, ...], int, int, int, list[tuple[int, int, int
         (tx(2 * P, EXTRAS | MORE), gso(kind=2), tx(P)), 3, 1, 2 * P, [(0, 0, P), (2, 0, P)],
         {"gso": Gso(2, 1448), "whole": True},
     ),
-    "two GSO extras: the last counts": (
-        (tx(60, EXTRAS), gso(1000, 1, 1), gso(1200, 2)), 3, 2, 60, [(0, 0, 60)], {"gso": Gso(2, 1200)},
-    ),
+    "two GSO extras": ((tx(60, EXTRAS), gso(9, 1, 1), gso(12, 2)), 3, 2, 60, [(0, 0, 60)], {"gso": Gso(2, 12)}),
     "a multicast request": ((tx(0, EXTRAS), mcast()), 2, 1, 0, [(0, 0, 0)], {"multicast": [(2, MAC)]}),
-    "two multicast requests": (
-        (tx(0, EXTRAS), mcast(3, 1), mcast(2)), 3, 2, 0, [(0, 0, 0)], {"multicast": [(3, MAC), (2, MAC)]},
-    ),
+    "two of them": ((tx(0, EXTRAS), mcast(3, 1), mcast()), 3, 2, 0, [(0, 0, 0)], {"multicast": [(3, MAC), (2, MAC)]}),
     "a hash": ((tx(60, EXTRAS), HASH), 2, 1, 60, [(0, 0, 60)], {}),
-    "four extras": (
-        (tx(60, EXTRAS), gso(more=1), gso(more=1), gso(more=1), HASH), 5, 4, 60, [(0, 0, 60)], {"gso": Gso(1, 1448)},
-    ),
+    "four extras": ((tx(60, EXTRAS), *[gso(more=1)] * 3, HASH), 5, 4, 60, [(0, 0, 60)], {"gso": Gso(1, 1448)}),
     "an empty fragment": ((tx(60, MORE), tx(0, MORE), tx(20)), 3, 0, 60, [(0, 0, 40), (1, 0, 0), (2, 0, 20)], {}),
     "an empty fragment at the end of a page": ((tx(60, MORE), tx(0, 0, P)), 2, 0, 60, [(0, 0, 60), (1, P, 0)], {}),
     "an empty first fragment": ((tx(60, MORE), tx(60)), 2, 0, 60, [(0, 0, 0), (1, 0, 60)], {}),
@@ -320,7 +314,7 @@ def bent(draw: Any, receive: bool) -> tuple[bytes, ...]:
     middle = [make(P, MORE)] * (pages - 2) + ([make(last)] if pages > 1 else [])
     slots = [make(total, flags), *([gso()] if extra else []), *middle, make(60)]
     for _ in range(draw(st.integers(0, 2))):
-        at = draw(st.integers(0, len(slots) - 1))
+        at = draw(st.sampled_from([0, *range(len(slots)), *[max(0, len(slots) - 2)] * 4]))
         slots[at : at + 1] = draw(st.lists(RX_SLOTS if receive else TX_SLOTS, max_size=2))
         slots = slots or [make(60)]
     return tuple(slots)
@@ -331,15 +325,11 @@ def check(read: Any, reference: Any, slots: tuple[bytes, ...], slot_size: int) -
     padded = [slot.ljust(slot_size, b"\xee") for slot in slots]
     try:
         wanted = reference(padded)
-    except PeerFault:
-        with pytest.raises(PeerFault):
-            read(slots)
-        return
-    except Incomplete:
-        if reference is reference_rx:
+    except (PeerFault, Incomplete) as error:
+        if isinstance(error, Incomplete) and reference is reference_rx:
             assert read(slots) is None
         else:
-            with pytest.raises(PeerFault, match="no slot follows"):
+            with pytest.raises(PeerFault, match="no slot follows" if isinstance(error, Incomplete) else ""):
                 read(slots)
         return
     packet = read(slots)

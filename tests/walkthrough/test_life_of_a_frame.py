@@ -86,7 +86,7 @@ def life() -> tuple[list[Call], list[Call]]:
     world = NetWorld()
     guest, host = SocketTap(), SocketTap()
     world.attach(guest_side=lambda _port: guest, host_side=lambda _port: host)
-    frames = Frames(world.hypervisor.deliver, lambda: [])
+    frames = Frames(world.hypervisor.deliver, list)
     try:
         (vif,) = world.vifs.values()
         assert vif.connected
