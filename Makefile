@@ -11,16 +11,17 @@ PACKAGES := xenmodel blockdev netdev sysdev xenfs bench
 # Under CI a test that cannot run here is a failure, not a skip.
 STRICT := $(if $(CI),-p no_skips)
 
-.PHONY: help demo test check lint bench clean system
+.PHONY: help demo test check lint bench bench-net clean system
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo    a guest with one disk: mkfs, mount, write, fsck, each step shown (root)'
-	@echo 'make check   ruff, mypy and the tests that need no privilege'
-	@echo 'make test    ruff, mypy and all tests, also those that mount (root)'
-	@echo 'make bench   compare with other FUSE servers; BENCH=--quick for a minute of it (root)'
-	@echo 'make clean   remove .venv, caches and build leftovers'
-	@echo 'Variables:   PYTHON=$(PYTHON)  PYTEST="more arguments"  BENCH="more arguments"'
+	@echo 'make demo       two guests, a disk and a network: mkfs, ping, HTTP, fsck, each step shown (root)'
+	@echo 'make check      ruff, mypy and the tests that need no privilege'
+	@echo 'make test       ruff, mypy and all tests, also those that mount (root)'
+	@echo 'make bench      compare with other FUSE servers; BENCH=--quick for a minute of it (root)'
+	@echo 'make bench-net  compare with other virtual networks; BENCH=--quick for a minute of it (root)'
+	@echo 'make clean      remove .venv, caches and build leftovers'
+	@echo 'Variables:      PYTHON=$(PYTHON)  PYTEST="more arguments"  BENCH="more arguments"'
 
 demo: .venv/installed
 	@$(BIN)/python -m xenfs demo
@@ -41,6 +42,9 @@ lint: .venv/installed
 
 bench: .venv/installed-bench
 	@$(BIN)/python -m bench.block $(BENCH)
+
+bench-net: .venv/installed-bench
+	@$(BIN)/python -m bench.net $(BENCH)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

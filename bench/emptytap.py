@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from netdev.link import BATCH, BATCH_FIRST, IDLE, MORE
+from netdev.link import IDLE, MORE
 from netdev.tap import Tap
 from xenfs.frames import Frames
 
 FRAME_BYTES = 1 << 17  # more than any frame with its header
+BATCH = 64  # frames of one poll(); 1 where they came singly lately: a second read would be in vain
 
 
 class Wire:
@@ -27,7 +28,7 @@ class Wire:
     def __init__(self, first: Tap, second: Tap) -> None:
         self.on_room: Callable[[], None] = lambda: None
         self.descriptors = (first.lanes[0].fd, second.lanes[0].fd)
-        self._batches = [BATCH_FIRST, BATCH_FIRST]
+        self._batches = [1, 1]
         self._buffer = memoryview(bytearray(FRAME_BYTES))
 
     def poll(self, lane: int) -> int:
@@ -38,7 +39,7 @@ class Wire:
             try:
                 size = os.readv(source, buffers)
             except BlockingIOError:
-                self._batches[lane] = BATCH_FIRST
+                self._batches[lane] = 1
                 return IDLE
             try:
                 os.writev(sink, [buffer[:size]])

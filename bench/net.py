@@ -110,10 +110,12 @@ class Bench:
         folder = self.work / peer.name
         folder.mkdir()
         ground = netpeers.Ground(peer.name, folder)
-        stack.callback(lambda: self.results.failures.extend(ground.complaints))
-        stack.enter_context(ground)
-        peer.build(ground)
-        ground.check()
+        with contextlib.ExitStack() as own:
+            own.enter_context(ground)
+            peer.build(ground)
+            ground.check()
+            stack.callback(lambda: self.results.failures.extend(ground.complaints))
+            stack.push(own.pop_all())
         self.grounds[peer.name] = ground
         return "stands"
 
@@ -131,10 +133,8 @@ class Bench:
         if work.cpu and ground.sessions:
             spent = cost(work, figures[0], cpu_s, seconds)
             self.results.samples.append(netreport.Sample(work.cpu.name, peer.name, number, spent))
-        units = [row.title.rpartition(", ")[2] for row in work.rows]
-        return ", ".join(
-            f"{figure:,.{row.digits}f} {unit}" for figure, row, unit in zip(figures, work.rows, units, strict=True)
-        )
+        pairs = zip(figures, work.rows, strict=True)
+        return ", ".join(f"{figure:,.{row.digits}f} {row.unit}" for figure, row in pairs)
 
     def rest(self) -> str:
         """Nobody carries anything: CPU and wake-ups of all servers over the same seconds."""
@@ -163,7 +163,7 @@ class Bench:
                 for work in self.options.workloads:
                     for peer in rotated(standing, number):
                         if work.mtu == nettools.MTU or not peer.no_jumbo:
-                            what = f"round {number + 1}/{rounds}  {work.title:<36} {peer.name:<6}"
+                            what = f"round {number + 1}/{rounds}  {work.title:<37} {peer.name:<6}"
                             self.attempt(what, partial(self.turn, work, number, peer))
             self.attempt("idle", self.rest)
 

@@ -108,7 +108,7 @@ def ratio_rows(results: Results) -> list[Cells]:
         if row.name.endswith("-loss"):
             continue  # what a ratio of losses would mean is anybody's guess
         targets = dict(row.targets)
-        cells = [row.title.rpartition(",")[0] + (" (lower is better)" if row.lower else "")]
+        cells = [row.what + (" (lower is better)" if row.lower else "")]
         for peer in others:
             found = ratio(results.samples, row.name, peer)
             cell = f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})" if found else ABSENT
@@ -205,9 +205,8 @@ def plot(results: Results, file: Path) -> str:
             if found := spread(list(of(results.samples, row.name, peer).values())):
                 reach = [[found.median - found.low], [found.high - found.median]]
                 axis.bar(place, found.median, yerr=reach, color=f"C{place}", capsize=3)
-        title, _, unit = row.title.rpartition(",")
-        axis.set_title(title, fontsize=8)
-        axis.set_ylabel(unit.strip() + (", lower is better" if row.lower else ""), fontsize=7)
+        axis.set_title(row.what, fontsize=8)
+        axis.set_ylabel(row.unit + (", lower is better" if row.lower else ""), fontsize=7)
         axis.set_xticks(range(len(results.peers)), results.peers, fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
     figure.tight_layout()

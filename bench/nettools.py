@@ -42,10 +42,15 @@ class Row:
     """One line of a table. `targets`: ratios of our figure to a peer's to aim at; at most that if `lower` is better."""
 
     name: str
-    title: str
+    what: str
+    unit: str
     digits: int = 0
     lower: bool = False
     targets: Targets = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.what}, {self.unit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +73,9 @@ class Work:
         """What the server's processes cost, per amount of data; pings carry none."""
         match self.kind:
             case "tcp":
-                return Row(f"{self.name}-cpu", f"{self.title}: ms per Gbit", 1, lower=True)
+                return Row(f"{self.name}-cpu", self.title, "ms per Gbit", 1, lower=True)
             case "udp":
-                return Row(f"{self.name}-cpu", f"{self.title}: s per Mpacket received", 2, lower=True)
+                return Row(f"{self.name}-cpu", self.title, "s per Mpacket received", 2, lower=True)
         return None
 
 
@@ -79,20 +84,20 @@ def _tcp(
 ) -> Work:
     name = f"tcp-{short}-{streams}" + ("" if mtu == MTU else f"-mtu{mtu}")
     title = f"TCP {title}, {streams} stream{'s' if streams > 1 else ''}" + ("" if mtu == MTU else f", MTU {mtu}")
-    rows = (Row(name, f"{title}, Gbit/s", 2, targets=targets),)
+    rows = (Row(name, title, "Gbit/s", 2, targets=targets),)
     return Work(name, title, "tcp", rows, server=server, streams=streams, reverse=reverse, mtu=mtu)
 
 
 def _udp(payload: int, targets: Targets = ()) -> Work:
     name, title = f"udp-{payload}", f"UDP guest to host, {payload} bytes"
-    rows = (Row(name, f"{title}, packets/s", targets=targets), Row(f"{name}-loss", f"{title}, lost %", 1, lower=True))
+    rows = (Row(name, title, "packets/s", targets=targets), Row(f"{name}-loss", f"{title}, lost", "%", 1, lower=True))
     return Work(name, title, "udp", rows, payload=payload)
 
 
 def _ping(kind: str, title: str, targets: Targets = ()) -> Work:
     name = f"ping-{kind}"
-    middle = Row(f"{name}-median", f"{title}, median us", lower=True, targets=targets)
-    return Work(name, title, kind, (middle, Row(f"{name}-p99", f"{title}, p99 us", lower=True)))
+    middle = Row(f"{name}-median", f"{title}, median", "us", lower=True, targets=targets)
+    return Work(name, title, kind, (middle, Row(f"{name}-p99", f"{title}, p99", "us", lower=True)))
 
 
 TO_HOST, TO_GUEST = (("vde2", 6.0), ("veth", 0.4)), (("vde2", 4.0),)
@@ -188,14 +193,14 @@ def measure(work: Work, client: str, server: str, address: str, seconds: int) ->
 @contextlib.contextmanager
 def serving(namespace: str) -> Iterator[None]:
     """An iperf3 that listens there, for this one client: a test that went wrong leaves nothing for the next."""
-    with tempfile.TemporaryFile() as output:
-        with _child(within(namespace, "iperf3", "-s", "-1", "--forceflush"), output, output) as server:
-            deadline = time.monotonic() + LISTEN_S
-            while b"listening" not in _content(output):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise ToolError(f"iperf3 does not listen: {_content(output).decode(errors='replace').strip()[-300:]}")
-                time.sleep(POLL_S)
-            yield
+    argv = within(namespace, "iperf3", "-s", "-1", "--forceflush")
+    with tempfile.TemporaryFile() as output, _child(argv, output, output) as server:
+        deadline = time.monotonic() + LISTEN_S
+        while b"listening" not in _content(output):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise ToolError(f"iperf3 does not listen: {_content(output).decode(errors='replace').strip()[-300:]}")
+            time.sleep(POLL_S)
+        yield
 
 
 def execute(argv: Sequence[str], timeout_s: float) -> str:
@@ -219,9 +224,7 @@ def _child(argv: Sequence[str], output: Any, errors: Any) -> Iterator[subprocess
     child = None
     try:
         with interrupt.held():
-            child = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
-            )  # fmt: skip
+            child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True)
         yield child
     except FileNotFoundError as error:
         raise ToolError(f"{argv[0]} is not installed") from error

@@ -49,8 +49,7 @@ DATA_PAGES = -(-LARGEST_FRAME // PAGE_SIZE)
 DRAIN_S = 10.0  # Linux: rx_drain_timeout_msecs
 STALL_S = 60.0  # Linux: rx_stall_timeout_msecs
 DISCARD_BATCH = 256
-COPY_AHEAD = 3  # requests looked up beyond what the next frames need
-MOST_FRAMES = 16
+MOST_FRAMES = 16  # for which requests are looked up together
 
 Hash = tuple[int, int]  # number of the hash type's bit, value
 
@@ -77,6 +76,8 @@ class BackRx:
         self.csums = takes.csum4 and takes.csum6
         self.pages = DATA_PAGES if takes.sg else 1
         self.skip = 1 if takes.gso4 or takes.gso6 else 0  # extra slots that a frame of several pages is expected to have
+        self.hashing = 0  # 1 if frames get a hash, and `need`: slots that the largest frame may take. As of the last poll()
+        self.need = self._slots()
         self.port = Port(0)
         self.statistics = Statistics()
         self.stopped = False
@@ -96,16 +97,18 @@ class BackRx:
         self._posted = 0  # requests that wait, when last looked at
         self._frames = 1  # for how many the next look at the requests shall be enough
 
-    @property
-    def need(self) -> int:
-        """Slots that the largest frame may take."""
-        return 1 + self.back.hashing if self.pages == 1 else self.pages + self.skip + self.back.hashing
+    def _slots(self) -> int:
+        """That the largest frame may take."""
+        return (self.pages if self.pages == 1 else self.pages + self.skip) + self.back.hashing
 
     # --- requests ------------------------------------------------------------------------------------------------------
 
     def on_event(self) -> None:
         """Pages were posted, or we are told what we know."""
-        if not self.stopped and self.blocked_at is not None and self.ring.ask_for_requests(self.need) >= self.need:
+        if self.stopped or self.blocked_at is None:
+            return
+        need = self._slots()
+        if self.ring.ask_for_requests(need) >= need:
             self._unblock()
             self.back.on_room()
 
@@ -121,7 +124,7 @@ class BackRx:
         requests = self.ring.copy_requests(min(self._posted, count))
         self._ids, grefs = zip(*RX_REQUEST.iter_unpack(requests), strict=True) if requests else ((), ())
         pfns = self.back.peer_grants().peek(grefs, self.back.domain.domid, False)
-        self._straight = bool(pfns) and pfns == list(range(pfns[0], pfns[0] + len(pfns)))
+        self._straight = len(pfns) > 1 and pfns == list(range(pfns[0], pfns[0] + len(pfns)))
         self._pfns = pfns
         self._next = 0
 
@@ -129,14 +132,14 @@ class BackRx:
         """Is room posted for the largest frame, and does the part of it that is wanted now lead somewhere? A page that is
         not granted to us is answered, and what is before it."""
         need = self.need
-        ahead = need if self.large or self.back.hashing else 1
+        ahead = need if self.large or self.hashing else 1
         while True:
             if self._posted < need:
                 self._posted = self.ring.requests()
                 if self._posted < need:
                     return False
             if len(self._pfns) - self._next < ahead:
-                self._copy_requests(ahead * self._frames + COPY_AHEAD)
+                self._copy_requests(ahead * self._frames)
                 self._frames = min(2 * self._frames, MOST_FRAMES)
             if self._straight and self._pfns[0] >= 0:
                 return True
@@ -161,14 +164,16 @@ class BackRx:
         """Take what the interface has for the guest: IDLE, MORE or BLOCKED (then back.on_room() is called)."""
         if self.stopped:
             return BLOCKED
+        self.hashing = self.back.hashing
+        need = self.need = self._slots()
         if self.blocked_at is not None:
-            if self.ring.requests() < self.need:
+            if self.ring.requests() < need:
                 return self._wait(lane)
             self._unblock()
         self._pfns = []  # stale: the guest may have taken grants back
         self._next = self._posted = 0
         self._saw_large, self._frames = False, 1
-        outcome, step = MORE, self._steer if self.back.hashing else self._direct
+        outcome, step = MORE, self._steer if self.hashing else self._direct
         count = 0
         for _ in range(self.batch.limit):
             if not self._room():
@@ -184,7 +189,7 @@ class BackRx:
         if self.ring.push_responses():
             self.events.send(self.port)
         if outcome == BLOCKED:
-            return MORE if self.ring.ask_for_requests(self.need) >= self.need else self._wait(lane)
+            return MORE if self.ring.ask_for_requests(need) >= need else self._wait(lane)
         return outcome
 
     def _direct(self, lane: Lane) -> bool:
@@ -325,6 +330,7 @@ class BackRx:
         head = frame[:HEAD_BYTES]
         if not self._acceptable(head, len(frame), gso_type):
             return
+        self.hashing, self.need = self.back.hashing, self._slots()
         self._copy_requests(self.need)
         if not self._room():
             self.statistics.drop("no pages posted on the queue of its hash")

@@ -82,8 +82,8 @@ class FrontTx:
 
     def poll(self, lane: Lane) -> int:
         """Take what the interface has to send: IDLE, MORE or BLOCKED (then on_room() is called). PeerFault as on_event()."""
-        if self.ring.responses():
-            self._reap()
+        if self.ring.free < self.size // 4 and self.ring.responses():
+            self._reap()  # otherwise on_event() does, many at a time
         read, unpack, pack = lane.read, VNET.unpack_from, TX_REQUEST.pack
         buffers, headers, grefs, out, plain = self.buffers, self.headers, self.grefs, self.out, self.plain
         size, mask, head, free = self.size, self.size - 1, self.head, self.ring.free

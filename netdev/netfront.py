@@ -287,8 +287,7 @@ class Netfront(Frontend):
 
     def _carrier_changed(self) -> None:
         """The link is up while both ends are Connected, unless the backend says that it is not (netif.h, "Link state")."""
-        up = self.connected and bool(self.queues) and self.peer_state() is XenbusState.Connected
-        up = up and self._said_carrier()
+        up = self.connected and bool(self.queues) and self._said_carrier()
         if up == self.link_up:
             return
         self.link_up = up
@@ -297,8 +296,10 @@ class Netfront(Frontend):
         self.on_change()
 
     def _said_carrier(self) -> bool:
+        """A watch's callback comes here too, and what the backend wrote may make no sense."""
         try:
-            return self.client.read_int(f"{self.peer_node}/carrier", 1) != 0
+            connected = self.peer_state() is XenbusState.Connected
+            return connected and self.client.read_int(f"{self.peer_node}/carrier", 1) != 0
         except (PeerFault, XsError):
             return False
 

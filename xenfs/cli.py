@@ -17,7 +17,8 @@ from xenfs.config import ConfigError, load_configs
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="xenfs",
-        description="Xen's para-virtual devices without Xen: guests' disks appear as files under a mount point.",
+        description="Xen's para-virtual devices without Xen: guests' disks appear as files under a mount point, their "
+        "network interfaces in network namespaces.",
     )
     top.add_argument("--version", action="version", version=f"xenfs {__version__}")
     top.add_argument(
@@ -51,9 +52,9 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("configs", nargs="+", metavar="GUEST.cfg", help="a guest's configuration, xl.cfg(5) syntax")
     demo = commands.add_parser(
         "demo",
-        help="show a virtual disk from mkfs to fsck",
-        description="Create a scratch image, start a guest with it, and show each step with its command line: "
-        "mkfs, mount, write, unmount, fsck. Needs root for the mount; cleans up after itself.",
+        help="show two guests with a disk and a network, step by step",
+        description="Start two guests with a scratch image and a bridge, and show each step with its command "
+        "line: mkfs, mount, ping, a file by HTTP, unmount, fsck. Needs root; cleans up after itself.",
     )
     demo.add_argument("--keep", action="store_true", help="leave the scratch directory behind")
     return top

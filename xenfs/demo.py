@@ -155,7 +155,7 @@ def _use_the_network(scene: Scene, guests: tuple[str, str]) -> None:
 
     scene.title("The first guest asks the second, and the host, whether they are there: IPv4 and IPv6")
     for address in OTHERS:
-        scene.run(*enter[0], "ping", "-q", "-c", "3", "-i", "0.2", address)
+        scene.run(*enter[0], "ping", "-q", "-c", "3", "-i", "0.1", address)
 
     scene.title("A file from the first guest's disk goes through both guests' rings to the second, by HTTP")
     serve = ("python3", "-u", "-m", "http.server", "-d", "fs", "8000")

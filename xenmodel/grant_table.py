@@ -185,7 +185,7 @@ class GrantTable:
 
         For a caller that is done with the frames before anything else can run: what a copy pins and unpins within one
         call nobody can see, so it is not written down."""
-        if refs and refs[-1] - refs[0] == len(refs) - 1 and refs[-1] < len(self):
+        if len(refs) > 2 and refs[-1] - refs[0] == len(refs) - 1 and refs[-1] < len(self):
             found = self._peek_neighbours(refs, by, readonly)  # as drivers' buffers are
             if found is not None:
                 return found

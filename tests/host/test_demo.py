@@ -172,7 +172,7 @@ FAILURES = [
     ("sync", "exec /bin/false", "`sync -f fs` ended with 1"),
     ("umount", '[ "$1" = -l ] && exec /bin/umount "$@"; exit 32', "`umount fs` ended with 32"),
     ("sync", KILL_SERVER, "`sync -f fs` ended with 9"),
-    ("ping", "echo no answer; exit 1", " ping -q -c 3 -i 0.2 10.77.0.12` ended with 1"),
+    ("ping", "echo no answer; exit 1", " ping -q -c 3 -i 0.1 10.77.0.12` ended with 1"),
     ("ping", KILL_SERVER, "10.77.0.12` ended with 9"),
     ("sha256sum", "/usr/bin/sha256sum $1; echo 0000 $2", "what arrived is not what was sent"),
     ("debugfs", "echo something else", "the image does not hold what was written"),
@@ -190,14 +190,15 @@ def test_a_failing_step(scratch, tool, script, words):
     assert left_behind(scratch) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal(scratch, number):
+@pytest.mark.parametrize(("number", "tool"), [(signal.SIGINT, "sync"), (signal.SIGTERM, "ping"), (signal.SIGHUP, "python3")])
+def test_a_signal(scratch, number, tool):
     """Goal: Ctrl-C in the middle cleans up too.
-    Method: `sync` tells that the disk is mounted and then hangs; the signal comes, twice, while it does."""
+    Method: a tool tells that it was started, with the disk mounted or in a guest's namespace, and then hangs; the signal
+    comes, twice, while it does."""
     fifo = scratch.parent / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    environ = environment(scratch, sync=f"echo hanging > {fifo}; exec sleep 100")
+    environ = environment(scratch, **{tool: f"echo hanging > {fifo}; exec sleep 100"})
     with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ) as child:
         hangs, _, _ = select.select([reader], [], [], 60)
         child.send_signal(number)
@@ -211,7 +212,7 @@ def test_a_signal(scratch, number):
 
 
 def test_killed(scratch):
-    """Goal: `kill -9` of the demo leaves no `xenfs up` behind, and with it no mount.
+    """Goal: `kill -9` of the demo leaves no `xenfs up` behind, and with it no mount and no namespace.
     Method: `mkfs.ext4` tells that the disk is there and then hangs; SIGKILL; the server's end is waited for."""
     fifo = scratch.parent / "fifo"
     os.mkfifo(fifo)
@@ -229,7 +230,7 @@ def test_killed(scratch):
     ended, _, _ = select.select([end], [], [], 30)
     os.close(end)
     assert ended, f"process {server} is still there"
-    assert not any(found.startswith("mount ") for found in left_behind(scratch))
+    assert not any(found.startswith(("mount ", "network ")) for found in left_behind(scratch))
     assert "\nready\n" in next(scratch.glob("*/xenfs.log")).read_text()
 
 

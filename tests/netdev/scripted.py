@@ -12,6 +12,7 @@ from tests.netdev.world import NetWorld, Vif
 from xenmodel.domain import Domain
 from xenmodel.grant_table import Mapping
 from xenmodel.memory import Frame, vmap
+from xenmodel.public.grant_table import GNTMAP_host_map, GNTMAP_readonly
 from xenmodel.public.io.netif import EXTRA, RX_REQUEST, RX_RESPONSE, RX_SLOT_SIZE, TX_REQUEST, TX_RESPONSE, TX_SLOT_SIZE
 from xenmodel.public.io.ring import REQ_PROD, RSP_EVENT, RSP_PROD, SRING_HEADER_SIZE
 from xenmodel.ring import U32, BackRing
@@ -171,11 +172,18 @@ class ScriptedBack:
                 self.ports.append(self.domain.events.bind_interdomain(self.world.guest.domid, remote))
         assert self.ports and min(self.ports) > 0, f"cannot bind: {self.ports}"
 
-    def map(self, gref: int) -> memoryview:
-        status, mapping = self.domain.maptrack.map(self.world.guest.domid, gref)
+    def map(self, gref: int, readonly: bool = False) -> memoryview:
+        flags = GNTMAP_host_map | (GNTMAP_readonly if readonly else 0)
+        status, mapping = self.domain.maptrack.map(self.world.guest.domid, gref, flags)
         assert mapping is not None, f"cannot map grant {gref}: {status}"
         self.mappings.append(mapping)
         return vmap([Frame(mapping.frame.memory, mapping.frame.pfn)])
+
+    def look(self, gref: int) -> bytes:
+        """What a page of the guest shows."""
+        view = bytes(self.map(gref, readonly=True))
+        self.domain.maptrack.unmap(self.mappings.pop().handle)
+        return view
 
     def close(self) -> None:
         """Let go as a good backend does when the frontend is Closed."""
@@ -222,10 +230,5 @@ class ScriptedBack:
 
     def fill(self, gref: int, data: bytes) -> None:
         """Write into a page that the guest posted."""
-        status, mapping = self.domain.maptrack.map(self.world.guest.domid, gref)
-        assert mapping is not None, f"cannot map grant {gref}: {status}"
-        mapping.view[: len(data)] = data
-        self.domain.maptrack.unmap(mapping.handle)
-
-    def word(self, ring: BackRing, number: int, value: int) -> None:
-        ring.words[number] = value & U32
+        self.map(gref)[: len(data)] = data
+        self.domain.maptrack.unmap(self.mappings.pop().handle)
