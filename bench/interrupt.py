@@ -23,7 +23,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """A signal within the block is taken at its end. For blocks that do not wait."""
+    """A signal within the block is taken at its end. For blocks that must be done in full and do not last."""
     global _holding
     _holding += 1
     try:

@@ -114,8 +114,9 @@ class Bench:
             own.enter_context(ground)
             peer.build(ground)
             ground.check()
-            stack.callback(lambda: self.results.failures.extend(ground.complaints))
-            stack.push(own.pop_all())
+            with interrupt.held():
+                stack.callback(lambda: self.results.failures.extend(ground.complaints))
+                stack.push(own.pop_all())
         self.grounds[peer.name] = ground
         return "stands"
 
@@ -171,6 +172,7 @@ class Bench:
 def prepare(options: argparse.Namespace) -> tuple[netreport.Results, list[netpeers.Peer]]:
     """What is known before anything runs, and the peers that can."""
     facts = {"rounds": options.rounds, "seconds": options.seconds, "TCP": CONGESTION.read_text().strip()}
+    facts["load before"] = f"{os.getloadavg()[0]:.2f}"  # figures from a busy machine say little
     results = netreport.Results(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine(),

@@ -52,7 +52,8 @@ class Ground:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._undo.close()
+        with interrupt.held():  # bounded: every step has its time limit
+            self._undo.close()
 
     def later(self, step: Callable[[], None]) -> None:
         """Do this at the end, in reverse order. What fails is noted and the rest is still done."""

@@ -9,7 +9,6 @@ An idle network never wakes; a deadline (rate limit, a guest that does not recei
 from __future__ import annotations
 
 import logging
-import math
 import select
 import time
 from collections.abc import Callable, Iterable
@@ -55,7 +54,7 @@ class Frames:
         self.epoll = select.epoll()
         self.lanes: dict[int, tuple[Driver, int]] = {}  # by descriptor
         self._armed: set[int] = set()
-        self._sleep: trio.CancelScope | None = None
+        self._until: trio.CancelScope | None = None  # its deadline is the drivers' next one
 
     def add(self, driver: Driver, descriptors: Iterable[int]) -> None:
         """Serve these lanes of a driver from now on."""
@@ -73,9 +72,10 @@ class Frames:
             del self.lanes[fd]
 
     def deadline_changed(self) -> None:
-        """A driver has a deadline that it had not: wake in time."""
-        if self._sleep is not None:
-            self._sleep.deadline = min(self._sleep.deadline, trio.current_time() + self._until_deadline())
+        """A driver has a deadline that it had not: wake in time. (One that has gone wakes us once, in vain.)"""
+        times = [time for waiting in self.waiting() if (time := waiting.deadline) is not None]
+        if times and self._until is not None:
+            self._until.deadline = trio.current_time() + max(0.0, min(times) - self.clock())
 
     def _arm(self, descriptors: list[int], driver: Driver) -> None:
         for fd in descriptors:
@@ -88,23 +88,23 @@ class Frames:
             self._armed.remove(fd)
             self.epoll.unregister(fd)
 
-    def _until_deadline(self) -> float:
-        times = [time for waiting in self.waiting() if (time := waiting.deadline) is not None]
-        return max(0.0, min(times) - self.clock()) if times else math.inf
-
     async def run(self) -> None:
         """The task."""
-        more = False
+        while True:
+            with trio.CancelScope() as self._until:
+                self.deadline_changed()
+                await self._move()
+            for waiting in list(self.waiting()):
+                waiting.tick()
+
+    async def _move(self) -> None:
+        """Until a deadline is over."""
+        more = True  # what came with the deadline
         while True:
             if more:
                 await trio.lowlevel.checkpoint()
             else:
-                with trio.move_on_after(self._until_deadline()) as self._sleep:
-                    await trio.lowlevel.wait_readable(self.epoll.fileno())
-                self._sleep = None
-            if not self._until_deadline():  # however busy the others are
-                for waiting in list(self.waiting()):
-                    waiting.tick()
+                await trio.lowlevel.wait_readable(self.epoll.fileno())
             more = self._turn()
 
     def _turn(self) -> bool:

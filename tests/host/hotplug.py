@@ -1,4 +1,4 @@
-"""A host whose vifs come and go, for the host tests: as `xenfs up` without a mount, and with its toolstack on standard input.
+"""A host whose vifs come and go, for the host tests: as `xenfs up` without a mount, its toolstack on standard input.
 
     python -m tests.host.hotplug BRIDGE GUEST.cfg...
 Says `ready`, then obeys a line at a time, and answers each with a line when it is done:

@@ -186,7 +186,9 @@ def test_names_taken(net):
         net.ip("host", "link", "delete", name)
 
 
-@pytest.mark.parametrize("bridge", ["=10.1.1.1/24", "xenbr0=10.1.1.1", "xenbr0=x/24", "xenbr0=10.1.1.1/24,,", "a/b", "x" * 16])
+@pytest.mark.parametrize(
+    "bridge", ["=10.1.1.1/24", "xenbr0=10.1.1.1", "xenbr0=x/24", "xenbr0=10.1.1.1/24,,", "a/b", "x" * 16]
+)
 def test_bad_bridge(net, bridge):
     """Goal: a --bridge that makes no sense is refused, and nothing of it stays.  Method: names and addresses."""
     line = net.refused(net.config("a"), bridge=bridge)

@@ -60,14 +60,12 @@ def test_guest_to_guest(net):
 def test_all_at_once(net):
     """Goal: nobody starves: each of many flows ends.  Method: nine flows between three parties, both IP versions."""
     server = net.guests("abc")
-    flows = [
-        net.flow(sender, receiver, to, 16 * MIB)
-        for sender, receiver, to in (
-            ("a", "host", HOST4), ("host", "a", address4("a")), ("b", "host", HOST6), ("host", "b", address6("b")),
-            ("a", "b", address4("b")), ("b", "a", address6("a")), ("c", "a", address4("a")), ("c", "b", address6("b")),
-            ("a", "c", address4("c")),
-        )  # fmt: skip
-    ]
+    ways = (
+        ("a", "host", HOST4), ("host", "a", address4("a")), ("b", "host", HOST6), ("host", "b", address6("b")),
+        ("a", "b", address4("b")), ("b", "a", address6("a")), ("c", "a", address4("a")), ("c", "b", address6("b")),
+        ("a", "c", address4("c")),
+    )  # fmt: skip
+    flows = [net.flow(sender, receiver, to, 16 * MIB) for sender, receiver, to in ways]
     for flow in flows:
         flow.finish()
     net.check_sums("host", "a", "b", "c")
@@ -78,7 +76,8 @@ def test_without_offloads(net):
     """Goal: a kernel that leaves nothing undone, and wants nothing undone, is served as well; also one that changes its
     mind.  Method: ethtool -K in the guest, on the host's side, on both; 16 MiB each way each time."""
     server = net.guests("a")
-    for place, name, switch in (("a", "xn0", "off"), ("host", "vif1.0", "off"), ("a", "xn0", "on"), ("host", "vif1.0", "on")):
+    steps = (("a", "xn0", "off"), ("host", "vif1.0", "off"), ("a", "xn0", "on"), ("host", "vif1.0", "on"))
+    for place, name, switch in steps:
         net.check(place, "ethtool", "-K", name, "tx", switch, "sg", switch, "tso", switch, "gso", switch, "gro", switch)
         for sender, receiver, to in (("a", "host", HOST4), ("host", "a", address4("a")), ("a", "host", HOST6)):
             net.transfer(sender, receiver, to, 16 * MIB)

@@ -154,9 +154,10 @@ def test_vlan(net, wired, depth):
     """Goal: frames with VLAN tags get through with their tags, and are segmented and summed behind them.
     Method: VLAN interfaces (one tag, or an 802.1ad tag and another) in guest, host and on the wire; ping of many sizes,
     TCP each way; the captured frames on the wire have their tags, good sums, and one MTU at most."""
-    if "Unknown device type" in net.run("host", "ip", "link", "add", "link", "xenbr0", "name", "try", "type", "vlan", "id", 5).stdout:
+    trial = net.run("host", "ip", "link", "add", "link", "xenbr0", "name", "trial", "type", "vlan", "id", 5)
+    if "Unknown device type" in trial.stdout:
         pytest.skip("this kernel has no VLAN interfaces (8021q)")
-    net.ip("host", "link", "delete", "try")
+    net.ip("host", "link", "delete", "trial")
     for place, lower, address in (("a", "xn0", "10.97.0.1"), ("host", "xenbr0", "10.97.0.2"), ("far", "eth0", "10.97.0.3")):
         if depth == 2:
             tag(net, place, lower, "outer", "", "proto", "802.1ad", "id", 9)

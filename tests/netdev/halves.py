@@ -86,7 +86,7 @@ def numbered(size: int, seed: int = 0) -> bytes:
     """A frame of `size` bytes (to a station) that looks like no other, and whose pages differ."""
     starts = [(seed * 2 + page * 26) & 0xFE for page in range(-(-size // PAGE_SIZE))]
     data = b"".join([_PATTERN[start : start + PAGE_SIZE] for start in starts])
-    return (data[:12] + seed.to_bytes(2, "little") + data[14:])[:size]
+    return (data[:12] + (seed & 0xFFFF).to_bytes(2, "little") + data[14:])[:size]
 
 
 class Half:
@@ -117,9 +117,6 @@ class Half:
 
     def close(self) -> None:
         self.pair.close()
-
-
-# --- a real frontend -----------------------------------------------------------------------------------------------------
 
 
 class _Front(Half):
@@ -249,9 +246,6 @@ class RxFront(_Front):
         self.respond(b"".join([self.write(frame, flags, extras, chunk) for frame in frames]))
         self.collect()
         return self.lane.take()
-
-
-# --- a real backend ------------------------------------------------------------------------------------------------------
 
 
 class BackStub(SimpleNamespace):

@@ -86,8 +86,6 @@ def test_in_batches_and_in_pieces(make: Any, start: int):
         stream = stream[cut:]
         front.collect()
         got += [frame for _, frame in front.lane.take()]
-        done = front.rx.statistics.packets
-        assert front.ring.rsp_prod_pvt != front.ring.req_cons or done == len(got)
     assert got == frames
     assert len(front.requests) == 256
 
@@ -109,31 +107,33 @@ def test_one_event_is_enough(make: Any):
 
 
 def test_a_backend_that_never_ends_has_its_turn(make: Any):
-    """Goal: one event handler does not run for ever.  Method: every write makes another response; the handler ends after a
-    bounded number and asks for a turn of its own."""
+    """Goal: one event handler does not run for ever.  Method: every write makes another response, also to requests that
+    were not published; the handler ends after a bounded number and asks for another turn."""
     front, turns = make(), []
     write = front.lane.write
 
+    def answer() -> None:
+        front.ring.put_responses(RX_RESPONSE.pack(front.ring.rsp_prod_pvt & 0xFF, 0, 0, 60))
+        front.ring.push_responses()
+
     def endless(buffers: Any) -> bool:
-        front.collect()
-        if len(turns) < 5000:
-            front.respond(front.write(numbered(60)), tell=False)
         turns.append(len(turns))
+        if len(turns) < 5000:
+            answer()
         return write(buffers)
 
     front.lane.write = endless
-    front.ring.put_responses(front.write(numbered(60)))
-    front.ring.push_responses()
+    answer()
     front.rx.on_event()
     assert 256 <= len(turns) < 2000
     front.settle()
-    assert len(turns) == 5001
+    assert len(turns) == 5000
 
 
 # --- what the frame lacks ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frame", [Frame(4), Frame(6), Frame(4, UDP, b"x"), Frame(6, UDP, tags=(0x8100,), payload=b"x" * 9000)])
+@pytest.mark.parametrize("frame", [Frame(4), Frame(6), Frame(4, UDP, b"x"), Frame(6, UDP, bytes(9000), (0x8100,))])
 @pytest.mark.parametrize("chunk", [PAGE_SIZE, 20, 600])
 def test_a_blank_checksum_is_passed_on(make: Any, frame: Frame, chunk: int):
     """Goal: csum_blank becomes NEEDS_CSUM with the places.  Method: in one page, and headers over several."""

@@ -12,6 +12,7 @@ import pytest
 
 import xenfs
 from xenfs.cli import main, parser
+from xenfs.network import Bridge
 
 IMAGE = 1 << 20
 
@@ -38,7 +39,7 @@ def place(tmp_path: Path) -> Path:
     }.items():
         (tmp_path / f"{name}.cfg").write_text(f'name = "{name}"\ndisk = [ {disks} ]\n')
     (tmp_path / "wrong.cfg").write_text('name = "wrong"\n\nmemory = "much"\n')
-    (tmp_path / "vif.cfg").write_text('name = "vif"\nvif = [ "" ]\n')
+    (tmp_path / "vif.cfg").write_text('name = "vif"\nvif = [ "", "bridg=xenbr0" ]\n')
     return tmp_path
 
 
@@ -67,7 +68,7 @@ def test_wrong_usage(words, capsys):
 REFUSED = [
     ("nothing.cfg", "xenfs: nothing.cfg: cannot be read: No such file or directory"),
     ("wrong.cfg", "xenfs: wrong.cfg:3: "),
-    ("vif.cfg", "xenfs: vif.cfg:2: "),
+    ("vif.cfg", "xenfs: vif.cfg:2: vif 'bridg=xenbr0': unknown parameter 'bridg'; did you mean bridge?"),
     ("missing.cfg", "xenfs: missing: xvda: cannot open disk image {place}/no.img: No such file or directory"),
     ("directory.cfg", "xenfs: directory: xvda: cannot open disk image {place}/mnt: Is a directory"),
     ("empty.cfg", "xenfs: empty: xvda: disk image {place}/empty.img is smaller than one block of 512 bytes"),
@@ -100,3 +101,18 @@ def test_options():
     for words, expected in (([], None), (["--allow-other"], True), (["--no-allow-other"], False)):
         options = parser().parse_args(["up", "--mount", "m", *words, "a.cfg", "b.cfg"])
         assert (options.allow_other, options.configs, options.mount) == (expected, ["a.cfg", "b.cfg"], "m")
+        assert options.bridge == []
+
+
+def test_bridges(monkeypatch, tmp_path):
+    """Goal: each --bridge is a name with its addresses, in the order given, and reaches the server with the guests.
+    Method: main() up to the call that would serve; a vif without any parameter is a legal one."""
+    served = []
+    monkeypatch.setattr("xenfs.up.up", lambda *arguments: served.append(arguments))
+    (tmp_path / "a.cfg").write_text('name = "a"\nvif = [ "" ]\n')
+    words = ["--bridge", "xenbr0=10.0.0.1/24,fd00::1/64", "--bridge=other"]
+    assert main(["up", "--mount", "m", *words, str(tmp_path / "a.cfg")]) == 0
+    ((guests, mountpoint, allow_other, bridges),) = served
+    assert ([guest.name for guest in guests], mountpoint, allow_other) == (["a"], "m", None)
+    assert [(vif.devid, vif.bridge, vif.ip, vif.mtu) for vif in guests[0].vifs] == [(0, "xenbr0", (), 1500)]
+    assert bridges == [Bridge("xenbr0", ("10.0.0.1/24", "fd00::1/64")), Bridge("other")]
