@@ -30,7 +30,6 @@ from bench.report import machine
 
 ROUNDS, SECONDS, IDLE_S = 3, 2, 5
 QUICK_ROUNDS, QUICK_SECONDS, QUICK_IDLE_S = 1, 1, 2
-CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 TROUBLE = (nettools.ToolError, PeerFailure, OSError)
 
 
@@ -171,7 +170,7 @@ class Bench:
 
 def prepare(options: argparse.Namespace) -> tuple[netreport.Results, list[netpeers.Peer]]:
     """What is known before anything runs, and the peers that can."""
-    facts = {"rounds": options.rounds, "seconds": options.seconds, "TCP": CONGESTION.read_text().strip()}
+    facts = {"rounds": options.rounds, "seconds": options.seconds, "TCP": nettools.CONGESTION}
     facts["load before"] = f"{os.getloadavg()[0]:.2f}"  # figures from a busy machine say little
     results = netreport.Results(
         date=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -80,10 +80,13 @@ class Ground:
         self.later(lambda: _delete_namespace(name))
 
     def silence(self, place: str) -> None:
-        """No IPv6 on any interface there, present or future."""
-        files = [f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6" for which in ("all", "default")]
-        script = 'for file in "$@"; do test ! -e "$file" || echo 1 > "$file"; done'
-        execute(within(self.places[place], "sh", "-c", script, "sh", *files), TOOL_S)
+        """No IPv6 on any interface there, now or later, and no netfilter on its bridges: what a host's firewall does with
+        a frame is not what is measured."""
+        ipv6 = [f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6" for which in ("all", "default")]
+        bridge = [f"/proc/sys/net/bridge/bridge-nf-call-{which}tables" for which in ("ip", "ip6", "arp")]
+        script = 'value=$1; shift; for file in "$@"; do test ! -e "$file" || echo $value > "$file"; done'
+        for value, files in (("1", ipv6), ("0", bridge)):
+            execute(within(self.places[place], "sh", "-c", script, "sh", value, *files), TOOL_S)
 
     def ip(self, place: str, *words: str) -> str:
         return execute(["ip", "-n", self.places[place], *words], TOOL_S)

@@ -124,6 +124,9 @@ def select(names: Sequence[str]) -> tuple[Work, ...]:
     return tuple(work for work in WORKS if work.name in names)
 
 
+CONGESTION = "cubic"
+
+
 def within(namespace: str, *argv: str) -> list[str]:
     """The command that runs `argv` in a network namespace, as the process that nsenter was."""
     return ["nsenter", f"--net=/run/netns/{namespace}", *argv]
@@ -133,7 +136,8 @@ def command(work: Work, address: str, seconds: int) -> list[str]:
     """The client's command line."""
     match work.kind:
         case "tcp":
-            argv = ["iperf3", "-c", address, "-J", "-t", str(seconds), "-P", str(work.streams)]
+            # Linux's default everywhere, whatever this machine's is: it decides how many frames are under way
+            argv = ["iperf3", "-c", address, "-J", "-t", str(seconds), "-P", str(work.streams), "-C", CONGESTION]
             return [*argv, "-R"] if work.reverse else argv
         case "udp":
             return ["iperf3", "-c", address, "-J", "-t", str(seconds), "-u", "-b", "0", "-l", str(work.payload)]

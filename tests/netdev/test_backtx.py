@@ -51,7 +51,8 @@ def gso(size: int = 1448, kind: int = 1, more: int = 0) -> bytes:
 
 
 def slots(
-    back: TxBack, frame: bytes, flags: int = 0, extras: tuple[bytes, ...] = (), chunk: int = P, ident: int = 0, offset: int = 0,
+    back: TxBack, frame: bytes, flags: int = 0, extras: tuple[bytes, ...] = (), chunk: int = P, ident: int = 0,
+    offset: int = 0,
 ) -> list[bytes]:  # fmt: skip
     """A frame in fresh pages, `chunk` bytes in each at `offset`; ids count up from `ident`."""
     pieces = [frame[at : at + chunk] for at in range(0, len(frame), chunk)]
