@@ -185,11 +185,15 @@ class Netfront(Frontend):
         self.client.write(f"{self.node}/request-multicast-control", int(on))
 
     def reconnect(self, want: Want | None = None) -> None:
-        """Close and connect anew, perhaps with other features; the interface stays (FreeBSD: xn_reset)."""
+        """Close and connect anew, perhaps with other features; the interface stays (FreeBSD: xn_reset). Also opens what was
+        closed, or given up because of its backend."""
+        if self.gone:
+            return
         if want is not None:
             self.want = want
         self._reconnecting = True
         self.close()
+        self.peer_changed()
 
     # --- handshake -------------------------------------------------------------------------------------------------
 
@@ -305,12 +309,19 @@ class Netfront(Frontend):
 
     # --- closing ---------------------------------------------------------------------------------------------------
 
-    def _backend_closed(self) -> None:
-        super()._backend_closed()
-        closed = XenbusState.Closed
-        if self._reconnecting and self.state is closed and self.peer_state() is closed and not self._going_away():
+    def peer_changed(self) -> None:
+        """Reopen when both ends are Closed: a backend that is still Connected has our old rings."""
+        super().peer_changed()
+        if self._reconnecting and self.state is XenbusState.Closed and self._has_let_go() and not self._going_away():
             self._reconnecting = False
+            self.broken = None
             self.switch_state(XenbusState.Initialising)  # the backend goes back to InitWait
+            super().peer_changed()  # it may be there already
+
+    def _has_let_go(self) -> bool:
+        with suppress(PeerFault):
+            return self.peer_state() in (XenbusState.Closed, XenbusState.InitWait)
+        return False
 
     def disconnect(self) -> bool:
         """Stop using the rings. The backend lets go of them only after we said Closed, so they are taken back later."""

@@ -9,7 +9,7 @@ What we make carries our mark in its alias (a namespace: the alias of its `lo`):
 By it a later run knows what a killed one left behind, which is taken over, from what belongs to somebody else, which is
 never touched. Every failure is a NetlinkError which names the interface and the namespace.
 
-Left out: routes, VLANs, traffic shaping, Open vSwitch: `script=` of the configuration is for these.
+Left out: routes, VLANs, traffic shaping, Open vSwitch.
 """
 
 from __future__ import annotations
@@ -93,8 +93,7 @@ class Netlink:
         wanted = [self._parse(what, text) for text in addresses]
         with self._ask(what) as ip:
             check_name(name)
-            found = self._find(ip, name)
-            if found is not None:
+            if (found := self._find(ip, name)) is not None:
                 self._check_leftover(what, self._link(ip, found))
             else:
                 ip.link("add", ifname=name, kind="bridge", br_stp_state=0, br_forward_delay=0)

@@ -3,7 +3,7 @@
 Called by both ends with a private copy of the slots, so nothing here can change under it. The two rings differ: the first
 TX slot of a packet says the size of the whole packet, a RX response that of its own fragment. An extra slot carries no id.
 A nonsense that no working driver produces is a PeerFault and ends the device (XSA-39); what merely cannot be used is a
-packet with a `problem`, answered with an error: the same line that Linux's netback draws.
+packet with a `problem`, answered with an error: the line that Linux's netback draws, too, one slot further out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from xenmodel.public.io.netif import (
 from xenmodel.types import PAGE_SHIFT, PAGE_SIZE, PeerFault
 
 MOST_SLOTS = XEN_NETIF_NR_SLOTS_MIN
-FATAL_SLOTS = 20  # Linux's fatal_skb_slots: from here on it is an attack, not a packet that is too large
+FATAL_SLOTS = 20  # as Linux's fatal_skb_slots: beyond it is an attack, not a packet that is too large
 MOST_EXTRAS = XEN_NETIF_EXTRA_TYPE_MAX - 1
 SMALLEST_FRAME = 14  # an Ethernet header
 

@@ -31,9 +31,12 @@ class Pages:
             raise
 
     def release(self) -> bool:
-        """End the grants and give the frames back. False: the backend holds on to some, and all stay as they are."""
+        """End the grants and give the frames back. False: the backend holds on to some, and no frame is given back."""
         end_access = self.domain.grants.end_access
         self.grefs = [gref for gref in self.grefs if not end_access(gref)]
-        if not self.grefs:
+        if self.grefs:
+            return False
+        if self.count:
             self.domain.memory.release(self.pfn, self.count)
-        return not self.grefs
+            self.count = 0
+        return True

@@ -109,6 +109,10 @@ class Tap:
     def carrier(self, up: bool) -> None:
         self._set(TUNSETCARRIER, struct.pack("=i", up), "its carrier (TUNSETCARRIER, which needs Linux 4.20)")
 
+    @property
+    def closed(self) -> bool:
+        return not self._devices
+
     def close(self) -> None:
         """Give up the descriptors, and with them the interface; before that, before_close(). Again: nothing."""
         self.before_close()

@@ -79,14 +79,17 @@ class Network:
             except Exception as error:
                 result = error
             self._done.put((done, result))
-            os.eventfd_write(self.fd, 1)
+            os.eventfd_write(self.fd, 1)  # after it: as many are there as it says
 
     def reap(self) -> bool:
         """Hand out what the worker has done; True if there was anything."""
         if not self.pending or self._done.empty():
             return False
-        os.eventfd_read(self.fd)
-        while not self._done.empty():
+        try:
+            count = os.eventfd_read(self.fd)
+        except BlockingIOError:  # the worker is about to write
+            return False
+        for _ in range(count):
             done, result = self._done.get()
             self.pending -= 1
             done(result)
@@ -94,7 +97,7 @@ class Network:
 
     def wait(self, timeout_s: float) -> None:
         """Until some job is done. For start-up and end, when there is no loop."""
-        if self.pending and self._done.empty():
+        if self.pending:
             select.select([self.fd], [], [], timeout_s)
 
     # --- for the run -----------------------------------------------------------------------------------------------------
@@ -151,6 +154,8 @@ class Network:
         """What the guest's kernel would do at boot: MTU, up, addresses."""
 
         def job() -> None:
+            if tap.closed:  # another may have its name now
+                return
             netlink = Netlink(tap.namespace)
             netlink.set_link(tap.name, mtu=mtu, gso_max=GSO_MAX_BYTES, up=True)
             for address in addresses:
@@ -162,7 +167,7 @@ class Network:
         """The bridge's script may have decided on another MTU than the configuration's."""
 
         def done(result: object) -> None:
-            if isinstance(result, Exception):
+            if isinstance(result, Exception) and not tap.closed:
                 log.error("%s", result)
 
         self.submit(lambda: Netlink(tap.namespace).set_link(tap.name, mtu=mtu), done)

@@ -42,7 +42,7 @@ class Vifs:
             tap = _tap(front)
 
             def ready(result: object) -> None:
-                if isinstance(result, Exception):
+                if isinstance(result, Exception) and not front.gone:
                     front.fail(PeerFault(str(result)))
 
             self.network.set_up_front(tap, front.mtu, spec.ip if spec else (), ready)

@@ -215,13 +215,17 @@ class Net:
         return process
 
     @contextlib.contextmanager
-    def capture(self, place: str, interface: str, *rest: str) -> Iterator[Path]:
-        """What crosses an interface, in a file that is whole after the block."""
+    def capture(self, place: str, interface: str, most_bytes: int, *rest: str) -> Iterator[Path]:
+        """What crosses an interface, in a file that is whole after the block; `most_bytes` are kept of a frame."""
         path = self.host.root / f"{interface}.pcap"
-        process = self.start(place, "tcpdump", "-i", interface, "-U", "-B", 65536, "-w", path, *rest)
+        how = ["--immediate-mode", "-U", "-B", 65536, "-s", most_bytes]
+        process = self.start(place, "tcpdump", "-i", interface, *how, "-w", path, *rest)
         wait_until(lambda: path.exists() and path.stat().st_size, "tcpdump to begin")
         yield path
-        time.sleep(0.2)  # the kernel hands its buffer over in blocks; nothing else tells that one is under way
+        size, before = path.stat().st_size, -1
+        while size != before:  # nothing else tells that it has seen all
+            time.sleep(0.3)
+            size, before = path.stat().st_size, size
         process.terminate()
         done = self.host.finish(process)
         assert "0 packets dropped by kernel" in done.stdout, done.stdout

@@ -19,6 +19,7 @@ WIRE4, WIRE6 = "10.88.0.50", "fd88::50"
 BAD = " || ".join(f'{protocol}.checksum.status == "Bad"' for protocol in ("ip", "tcp", "udp", "icmp", "icmpv6"))
 CHECKED = [word for name in ("ip", "tcp", "udp") for word in ("-o", f"{name}.check_checksum:TRUE")]
 FEW = 20  # a busy machine answers late sometimes, and TCP probes; a segment that is never right would come again and again
+WIRE_BYTES, LARGE_BYTES = 2000, 70000  # of a captured frame: whole ones, but no more, for the kernel reserves that for each
 SIZES = (1, 2, 3, 17, 100, 101, 1000, 1451, 1452)
 DATAGRAMS = """
 import socket, sys
@@ -61,7 +62,7 @@ def seen(net: Net, path: Path, wanted: str) -> list[str]:
 def test_checksums_on_a_wire(net, wired):
     """Goal: sums that were left to us are right on the wire, and segments fit it; so nothing has to be sent twice.
     Method: TCP both ways and UDP of odd and even sizes, both IP versions, ping; tshark checks each checksum."""
-    with net.capture("far", "eth0", "-s", "0") as path:
+    with net.capture("far", "eth0", WIRE_BYTES) as path:
         for sender, receiver, to in (
             ("a", "far", WIRE4), ("far", "a", address4("a")), ("a", "far", WIRE6), ("far", "a", address6("a")),
         ):  # fmt: skip
@@ -85,7 +86,7 @@ def test_checksums_on_a_wire(net, wired):
 
 def test_a_bad_checksum_is_seen(net, wired):
     """Goal: the test above can fail.  Method: a capture inside the guest, where sums are yet to be finished, is bad."""
-    with net.capture("a", "xn0", "-s", "0", "tcp") as path:
+    with net.capture("a", "xn0", LARGE_BYTES, "tcp") as path:
         net.transfer("a", "far", WIRE4, MIB)
     assert seen(net, path, BAD) != [] and seen(net, path, "frame.len > 1514") != []
     net.ip("host", "link", "delete", "wire")
@@ -127,13 +128,13 @@ def test_tagged_frames(net, wired, depth, version):
     tags = "vlan.id == 7" + (" && ieee8021ad.id == 9" if depth == 2 else "")
     wanted = f"tcp.srcport == 30004 && {tags}"
     target = {place: net.link(place, name)["address"].replace(":", "") for place, name in (("far", "eth0"), ("a", "xn0"))}
-    with net.capture("far", "eth0", "-s", "0") as path:
+    with net.capture("far", "eth0", WIRE_BYTES) as path:
         net.python("a", TAGGED, "xn0", target["far"], depth, version, 40000)
         wait_until(lambda: path.stat().st_size > 40000, "the frame, in the far capture")
     rows = seen(net, path, wanted)
     assert len(rows) == -(-40000 // 1380) and sum(int(row.partition("Len=")[2].split()[0]) for row in rows) == 40000
     assert seen(net, path, BAD) == [] and seen(net, path, f"tcp && !({tags})") == []
-    with net.capture("a", "xn0", "-s", "0") as path:
+    with net.capture("a", "xn0", LARGE_BYTES) as path:
         net.python("host", TAGGED, "xenbr0", target["a"], depth, version, 40000)
         wait_until(lambda: path.stat().st_size > 40000, "the frame, in the guest's capture")
     rows = seen(net, path, wanted)
@@ -163,7 +164,7 @@ def test_vlan(net, wired, depth):
             tag(net, place, lower, "outer", "", "proto", "802.1ad", "id", 9)
         tag(net, place, "outer" if depth == 2 else lower, "vlan7", address, "id", 7)
         net.ip(place, "link", "set", "vlan7", "mtu", 1500 - 4 * (depth - 1))
-    with net.capture("far", "eth0", "-s", "0") as path:
+    with net.capture("far", "eth0", WIRE_BYTES) as path:
         for to in ("10.97.0.2", "10.97.0.3"):
             for size in (0, 1400, 5000):
                 net.ping("a", to, "-s", size)
@@ -186,7 +187,7 @@ def test_announcement(net):
     on a bridge that was there before: a gratuitous ARP and an unsolicited neighbour advertisement."""
     net.ip("host", "link", "add", "xenbr0", "type", "bridge", "forward_delay", 0)
     net.ip("host", "link", "set", "xenbr0", "up")
-    with net.capture("host", "xenbr0", "-s", "0") as path:
+    with net.capture("host", "xenbr0", WIRE_BYTES) as path:
         server = net.guests("a", bridge="")
         wait_until(lambda: b"\x08\x06" in path.read_bytes(), "ARP")
     (arp,) = seen(net, path, f"arp.isgratuitous == 1 && arp.src.proto_ipv4 == {address4('a')}")

@@ -233,6 +233,18 @@ def test_a_grant_that_ends_between_two_polls(make: Any):
     assert back.statuses == [-1] * 4
 
 
+def test_an_error_before_frame_0(make: Any):
+    """Goal: -1 is an error also where frames 0, 1, 2... follow it.  Method: such references, looked up all together as they
+    are for a frame with a hash."""
+    back = make(post=0)
+    back.stub.hashing, back.stub.target = 1, (0, None)
+    back.post(1, 400)  # never granted
+    for pfn in range(30):
+        back.post(1, back.guest.grants.grant_access(back.dom0.domid, Pfn(pfn)))
+    back.send(numbered(60))
+    assert [len(frame) for frame in back.frames()] == [60] and back.statuses == [-1]
+
+
 # --- no pages ------------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +255,8 @@ def test_no_room_until_pages_are_posted(make: Any, sg: bool, gso: bool, need: in
     back.send(numbered(60, 1), numbered(60, 2))
     for _ in range(need - 1):
         back.post(1)
+        back.guest.events.send(back.port)  # not asked for
+        back.settle()
         assert back.poll() == BLOCKED
     assert back.frames() == [] and len(back.lane.waiting) == 2 and "room" not in back.stub.calls
     back.post(1)

@@ -6,6 +6,7 @@ Method: a real BackTx on real domains, and a frontend played by hand, slot by sl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import permutations
 from random import Random
 from typing import Any
 
@@ -107,6 +108,18 @@ def test_many_rounds(make: Any, start: int):
             assert back.guest.grants.end_access(Gref(gref)), "nothing stays mapped"
             back.guest.memory.release(Pfn(pfn))
     assert [frame for _, frame in back.lane.take()] == frames
+
+
+def test_pages_that_are_no_neighbours(back: TxBack):
+    """Goal: a large frame is gathered from wherever its pages are.  Method: whole pages, in every order of three."""
+    grefs = [back.grant() for _ in range(3)]
+    pages = {e.ref: back.guest.memory.run(Pfn(e.pfn)) for e in back.guest.grants.entries() if e.ref in grefs}
+    frame = numbered(3 * P)
+    for order in permutations(grefs):
+        for i, gref in enumerate(order):
+            pages[gref][:] = frame[i * P : (i + 1) * P]
+        back.ask(slot(order[0], 3 * P, MORE), slot(order[1], P, MORE), slot(order[2], P))
+        assert back.lane.take() == [(PLAIN, frame)]
 
 
 def test_pages_are_read_only_grants(back: TxBack):

@@ -16,7 +16,7 @@ from tests.netdev.scripted import FRAME, ScriptedFront
 from tests.netdev.world import NetWorld, Vif
 from xenfs.probe import Probe
 from xenmodel.testing import Footprint
-from xenmodel.types import Pfn
+from xenmodel.types import PeerFault, Pfn
 
 
 @pytest.fixture
@@ -340,3 +340,33 @@ def test_a_guest_without_grants() -> None:
     world.detach(first)
     assert sum(1 for _ in world.guest.grants.entries()) == 0
     world.close()
+
+
+def test_reopening_what_was_closed_or_given_up(world: NetWorld) -> None:
+    """Goal: reconnect() opens an interface that the guest had closed, and one that was given up for its backend's lies;
+    not one that is gone.  Method: each of them, then frames."""
+    vif = world.attach()
+    front, footprint = vif.front, Footprint(world.hypervisor)
+    front.close()
+    world.settle()
+    assert vif.states() == ("6", "6")
+    front.reconnect()
+    world.settle()
+    assert vif.connected and vif.works()
+    front.fail(PeerFault("a lie"))
+    world.settle()
+    assert vif.states() == ("6", "6") and not front.link_up
+    front.reconnect(Want(sg=False))
+    world.settle()
+    assert vif.connected and vif.works() and front.broken is None
+    front.fail(PeerFault("another"))
+    front.reconnect()
+    world.settle()
+    assert vif.connected and vif.works()
+    assert footprint.grown() == []
+    world.write(f"{vif.back_node}/state", 5)
+    assert vif.states() == ("6", "6"), "the guest has opened it once, not for good"
+    world.detach(vif)
+    front.reconnect()
+    world.settle()
+    assert world.fronts.devices == {} and not front.queues

@@ -1,4 +1,4 @@
-"""Goal: what a vif may do is limited as its nodes say: the rate, multicast, the queue of a hash, a guest that does not receive.
+"""Goal: a vif does what its nodes allow: rate, multicast, the queue of a hash; and a guest that does not receive is cut off.
 Method: real drivers and a clock that the test moves; for the guest that posts no pages, a scripted frontend."""
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def test_the_list_is_bounded(world: NetWorld) -> None:
     """Goal: the 65th address is refused with an error, and nothing grows.  Method: slots by hand, 10000 of them."""
     vif = world.attach(settle=False)
     front = ScriptedFront(world, vif).connect()
-    slots = [[front.slot(0, NETTXF_extra_info), front.extra(XEN_NETIF_EXTRA_TYPE_MCAST_ADD, 0, group(i))] for i in range(100)]
+    first, kind = front.slot(0, NETTXF_extra_info), XEN_NETIF_EXTRA_TYPE_MCAST_ADD
+    slots = [[first, front.extra(kind, 0, group(i))] for i in range(100)]
     answers = [front.send(*pair) for pair in slots]
     assert [status for (_, status), _ in answers] == [0] * XEN_NETBK_MCAST_MAX + [-1] * (100 - XEN_NETBK_MCAST_MAX)
     assert {status for _, (_, status) in answers} == {1}

@@ -312,7 +312,7 @@ SLOT = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.lists(st.lists(SLOT, min_size=1, max_size=40), min_size=1, max_size=4), st.integers(0, 3))
 def test_arbitrary_slots(batches: list[list[bytes]], heads: int) -> None:
     """Goal: no slots whatever raise anything, answer more than was asked, or leave something behind.

@@ -136,6 +136,17 @@ def test_an_entry_in_use_is_what_it_was(table: Table, readonly: bool):
         assert table.check([30], OTHER, readonly) == [g.GNTST_general_error]
 
 
+def test_an_entry_in_use_among_neighbours_that_look_the_same(table: Table):
+    """Goal: the same where the guest took the marks of the pin away, too.  Method: five entries alike, the third pinned."""
+    for ref in range(30, 35):
+        table.write(ref, GRANT, pfn=ref - 20)
+    table.grants.pin(32, PEER, readonly=True)
+    table.write(32, GRANT, pfn=9)
+    assert table.grants.peek(range(30, 35), PEER, True) == [10, 11, 12, 13, 14]
+    table.write(32, GRANT, pfn=9)
+    assert table.grants.peek(range(30, 35), OTHER, True) == [g.GNTST_general_error] * 5
+
+
 @pytest.mark.parametrize("readonly", [False, True])
 def test_as_many_pins_as_xen_counts(table: Table, readonly: bool):
     """Goal: an entry that can be pinned no more can be copied no more.  Method: one pin below the limit, and at it."""
