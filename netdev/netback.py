@@ -124,7 +124,11 @@ class Netback(Backend):
         try:
             return self.queues[lane % len(self.queues)].rx.poll(self.port.lanes[lane])
         except PeerFault as fault:
-            self.fail(fault)
+            if self.domain.maptrack.lookup(self.peer_domid) is not None:
+                self.fail(fault)
+            else:  # it is gone, and nobody would take the word of it away again
+                self.broken = str(fault)
+                self.finish_closing()
             return BLOCKED
 
     @property

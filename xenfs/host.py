@@ -276,7 +276,8 @@ class World:
         for front in devices:
             front.close()
         deadline = time.monotonic() + 10
-        while any(front.state is not XenbusState.Closed for front in devices) and time.monotonic() < deadline:
+        served = [front for front in devices if front.peer_node in self.backends.devices]  # nobody answers the others
+        while any(front.state is not XenbusState.Closed for front in served) and time.monotonic() < deadline:
             self.kick()
             time.sleep(0.001)
         for domid in list(self.guests):

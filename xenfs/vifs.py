@@ -28,6 +28,7 @@ class Vifs:
         self.network = Network()
         self.backs: dict[str, Netback] = {}  # by backend directory
         self.frames = Frames(kick, self.backs.values)
+        self._mtus: dict[Tap, int] = {}  # as last set, of the guests' interfaces
         self.toolstack = toolstack
         self.announce = announce
         toolstack.hotplug_vif = self._plug
@@ -45,6 +46,7 @@ class Vifs:
                 if isinstance(result, Exception) and not front.gone:
                     front.fail(PeerFault(str(result)))
 
+            self._mtus[tap] = front.mtu
             self.network.set_up_front(tap, front.mtu, spec.ip if spec else (), ready)
             self._serve(front)
             return front
@@ -66,6 +68,7 @@ class Vifs:
         def closing() -> None:
             self.frames.remove(device)
             self.backs.pop(device.node, None)
+            self._mtus.pop(tap, None)
 
         tap.before_close = closing
 
@@ -74,7 +77,9 @@ class Vifs:
         if not front.link_up:
             return
         tap = _tap(front)
-        self.network.set_mtu(tap, front.mtu)
+        if self._mtus.get(tap) != front.mtu:  # not each time: a user may have set another one since
+            self._mtus[tap] = front.mtu
+            self.network.set_mtu(tap, front.mtu)
         where = f" in network namespace {tap.namespace}" if tap.namespace else ""
         bridge = self.toolstack.client.read(f"{front.peer_node}/bridge")
         self.announce(f"{guest} {tap.name}: {front.mac.hex(':')}{where}, bridge {bridge}, connected")

@@ -143,45 +143,6 @@ def test_tagged_frames(net, wired, depth, version):
     net.stop(wired)
 
 
-def tag(net: Net, place: str, lower: str, name: str, address: str, *kind: object) -> None:
-    net.ip(place, "link", "add", "link", lower, "name", name, "type", "vlan", *kind)
-    net.ip(place, "link", "set", name, "up")
-    if address:
-        net.ip(place, "address", "add", f"{address}/24", "dev", name)
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_vlan(net, wired, depth):
-    """Goal: frames with VLAN tags get through with their tags, and are segmented and summed behind them.
-    Method: VLAN interfaces (one tag, or an 802.1ad tag and another) in guest, host and on the wire; ping of many sizes,
-    TCP each way; the captured frames on the wire have their tags, good sums, and one MTU at most."""
-    trial = net.run("host", "ip", "link", "add", "link", "xenbr0", "name", "trial", "type", "vlan", "id", 5)
-    if "Unknown device type" in trial.stdout:
-        pytest.skip("this kernel has no VLAN interfaces (8021q)")
-    net.ip("host", "link", "delete", "trial")
-    for place, lower, address in (("a", "xn0", "10.97.0.1"), ("host", "xenbr0", "10.97.0.2"), ("far", "eth0", "10.97.0.3")):
-        if depth == 2:
-            tag(net, place, lower, "outer", "", "proto", "802.1ad", "id", 9)
-        tag(net, place, "outer" if depth == 2 else lower, "vlan7", address, "id", 7)
-        net.ip(place, "link", "set", "vlan7", "mtu", 1500 - 4 * (depth - 1))
-    with net.capture("far", "eth0", WIRE_BYTES) as path:
-        for to in ("10.97.0.2", "10.97.0.3"):
-            for size in (0, 1400, 5000):
-                net.ping("a", to, "-s", size)
-        for sender, receiver, to in (("a", "far", "10.97.0.3"), ("far", "a", "10.97.0.1")):
-            net.transfer(sender, receiver, to, 4 * MIB)
-    for sender, receiver, to in (("a", "host", "10.97.0.2"), ("host", "a", "10.97.0.1")):
-        net.transfer(sender, receiver, to, 64 * MIB)
-    tags = "vlan.id == 7" + (" && ieee8021ad.id == 9" if depth == 2 else "")
-    assert len(seen(net, path, f"tcp.len > 0 && {tags}")) > 2 * 4 * MIB / 1460
-    assert seen(net, path, BAD) == [] and seen(net, path, "frame.len > 1518") == []
-    assert seen(net, path, f"ip.addr == 10.97.0.0/24 && !({tags})") == []
-    net.check_sums("far", "host", "a")
-    for name in ("vlan7", *(["outer"] if depth == 2 else []), "wire"):
-        net.ip("host", "link", "delete", name)
-    net.stop(wired)
-
-
 def test_announcement(net):
     """Goal: when a vif connects, its neighbours learn where its addresses are.  Method: the guest's first frames, captured
     on a bridge that was there before: a gratuitous ARP and an unsolicited neighbour advertisement."""

@@ -25,6 +25,7 @@ from xenmodel.testing import check_grants, check_ports, check_rings
 from xenmodel.types import Domid
 from xenmodel.xenstore.client import Client
 
+OFFER, WANT = Offer(), Want()
 MAC = "00:16:3e:00:00:{:02x}"
 Wrap = Callable[[MemoryPort], FramePort]
 
@@ -152,8 +153,8 @@ class NetWorld:
     def attach(
         self,
         *,
-        offer: Offer = Offer(),
-        want: Want = Want(),
+        offer: Offer = OFFER,
+        want: Want = WANT,
         queues: int = 1,
         guest_side: Wrap = same,
         host_side: Wrap = same,

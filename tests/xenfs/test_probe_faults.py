@@ -128,7 +128,7 @@ def test_a_guest_at_its_quota(machine, use_up: Callable[[Connection], None], rea
         use_up(guest)
     attach(machine)
     machine.world.settle()
-    assert reason in machine.world._why(machine.guests["g"], IDENT)
+    assert reason in machine.world._why(machine.guests["g"], f"vbd/{IDENT}")
     said = machine.world.toolstack.client.read(ERROR)
     assert reason in said if has_error_node else said is None
     assert machine.kernel.names("domains/1/dev") == [".", "..", "xvda"]
