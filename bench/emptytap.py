@@ -26,6 +26,7 @@ class Wire:
     """Joins two TAPs; a Driver of Frames. Lane 0 is what the first one has to read."""
 
     def __init__(self, first: Tap, second: Tap) -> None:
+        self.node = f"{first.name} and {second.name}"
         self.on_room: Callable[[], None] = lambda: None
         self.descriptors = (first.lanes[0].fd, second.lanes[0].fd)
         self._batches = [1, 1]
@@ -47,6 +48,9 @@ class Wire:
                 continue  # the other side is down: lost, as on a cable
         self._batches[lane] = BATCH
         return MORE
+
+    def interface_lost(self) -> None:
+        raise SystemExit(f"{self.node}: one of them was deleted")
 
 
 async def _serve(wires: Sequence[Wire]) -> None:

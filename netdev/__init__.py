@@ -1,1 +1,1 @@
-"""netdev: the vif device. Nothing is here yet: the network comes after the disks."""
+"""netdev: the vif device of Xen (netif.h): netfront, netback, their rings, and the interfaces behind them."""

@@ -16,11 +16,11 @@ writes to it; a response is put into the slot of its request.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from netdev.checksum import complete
 from netdev.headers import HEAD_BYTES, transport
-from netdev.link import BLOCKED, IDLE, MORE, VNET_SIZE, Batch, Lane
+from netdev.link import BLOCKED, IDLE, MORE, VNET_SIZE, Batch, Lane, Takes
 from netdev.packet import SMALLEST_FRAME, build_rx, gso_extra
 from netdev.statistics import Statistics
 from netdev.vnet import F_DATA_VALID, F_NEEDS_CSUM, GSO_ECN, GSO_TCPV4, VNET
@@ -51,18 +51,7 @@ STALL_S = 60.0  # Linux: rx_stall_timeout_msecs
 DISCARD_BATCH = 256
 MOST_FRAMES = 16  # for which requests are looked up together
 
-Hash = tuple[int, int]  # number of the hash type's bit, value
-
-
-class Takes(NamedTuple):
-    """What a frontend can receive, from its nodes; `notify` is its feature-rx-notify."""
-
-    sg: bool
-    gso4: bool
-    gso6: bool
-    csum4: bool
-    csum6: bool
-    notify: bool
+Hashed = tuple[int, int]  # number of the hash type's bit, value
 
 
 class BackRx:
@@ -84,7 +73,7 @@ class BackRx:
         self.batch = Batch()
         self.large = False  # did frames of several pages come lately? Then their pages are looked up before the read
         self._saw_large = False
-        self.blocked_at: float | None = None  # frames wait and the guest posts no pages since then
+        self.blocked_at: float | None = None  # a frame waits and the guest posts no pages since then
         self.deadline: float | None = None  # when expire() wants to be called
         self.stalled = False
         self._header = memoryview(bytearray(VNET_SIZE))
@@ -147,7 +136,7 @@ class BackRx:
             if min(window) >= 0:
                 return True
             bad = next(i for i, pfn in enumerate(window) if pfn < 0) + 1
-            self.statistics.drop("not granted")
+            self.statistics.bad_pages += 1
             pack = RX_RESPONSE.pack
             ids = self._ids[self._next : self._next + bad]
             self._respond(b"".join(pack(ident, 0, 0, NETIF_RSP_ERROR) for ident in ids), bad)
@@ -157,6 +146,10 @@ class BackRx:
         self.ring.skip_requests(slots)
         self._next += slots
         self._posted -= slots
+
+    def _push(self) -> None:
+        if self.ring.push_responses():
+            self.events.send(self.port)
 
     # --- frames --------------------------------------------------------------------------------------------------------
 
@@ -186,11 +179,10 @@ class BackRx:
         self.batch.took(count, outcome == IDLE)
         if self._next or self._saw_large:
             self.large = self._saw_large
-        if self.ring.push_responses():
-            self.events.send(self.port)
-        if outcome == BLOCKED:
-            return MORE if self.ring.ask_for_requests(need) >= need else self._wait(lane)
-        return outcome
+        self._push()
+        if outcome == BLOCKED and not count and self.ring.ask_for_requests(need) < need:
+            return self._wait(lane)
+        return MORE if outcome == BLOCKED else outcome
 
     def _direct(self, lane: Lane) -> bool:
         """One frame from the interface into the guest's pages. False: none waits."""
@@ -324,7 +316,7 @@ class BackRx:
         target.deliver(frame, VNET.unpack_from(bounce), hashed)
         return True
 
-    def deliver(self, frame: memoryview, vnet: tuple[int, ...], hashed: Hash | None) -> None:
+    def deliver(self, frame: memoryview, vnet: tuple[int, ...], hashed: Hashed | None) -> None:
         """Copy one frame in; dropped if the guest has not posted enough pages on this ring."""
         flags, gso_type, _, gso_size, start, offset = vnet
         head = frame[:HEAD_BYTES]
@@ -334,6 +326,7 @@ class BackRx:
         self._copy_requests(self.need)
         if not self._room():
             self.statistics.drop("no pages posted on the queue of its hash")
+            self._push()
             return
         extra = self._gso_slot(gso_type, gso_size)
         if hashed is not None:
@@ -347,8 +340,7 @@ class BackRx:
         self._scatter(frame, rx_flags, extra)
         self.statistics.packets += 1
         self.statistics.bytes += len(frame)
-        if self.ring.push_responses():
-            self.events.send(self.port)
+        self._push()
 
     # --- a guest that does not receive ---------------------------------------------------------------------------------
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from netdev.checksum import pseudo
 from netdev.headers import HEAD_BYTES, transport
-from netdev.link import VNET_SIZE, Lane
-from netdev.packet import SMALLEST_FRAME, TxPacket, TxSlot, parse_tx
+from netdev.link import Lane
+from netdev.packet import SMALLEST_FRAME, TxPacket, TxSlot, join, parse_tx
 from netdev.statistics import Statistics
-from netdev.vnet import F_DATA_VALID, VNET, gso, partial
+from netdev.vnet import NOTHING, gso, header
 from xenmodel.grant_table import GrantTable
 from xenmodel.public.io.netif import (
     NETIF_RSP_ERROR,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 _MANY_SLOTS = NETTXF_more_data | NETTXF_extra_info
 _CHECKSUM = NETTXF_csum_blank | NETTXF_data_validated
-_NOTHING = bytes(VNET_SIZE)
-_VALID = VNET.pack(F_DATA_VALID, 0, 0, 0, 0, 0)
 
 
 class BackTx:
@@ -119,14 +117,14 @@ class BackTx:
             else:
                 at = (pfn << PAGE_SHIFT) + offset
                 frame = memory[at : at + size]
-                header: bytes | None = _NOTHING
+                vnet: bytes | None = NOTHING
                 if flags & _CHECKSUM:
-                    header = self._header(flags, frame)
-                if header is None:
+                    vnet = header(bool(flags & NETTXF_csum_blank), True, frame)
+                if vnet is None:
                     statistics.drop("a checksum is to be finished in no TCP or UDP frame")
                 else:
                     status = NETIF_RSP_OKAY  # from here on it is the host's affair
-                    if write((header, frame)):
+                    if write((vnet, frame)):
                         packets += 1
                         total += size
                     else:
@@ -135,12 +133,6 @@ class BackTx:
         statistics.packets += packets
         statistics.bytes += total
         return i
-
-    def _header(self, flags: int, head: memoryview | bytes) -> bytes | None:
-        if flags & NETTXF_csum_blank:
-            place = transport(head)
-            return None if place is None else partial(place)
-        return _VALID
 
     def _send(self, packet: TxPacket, slots: list[TxSlot], table: GrantTable) -> int:
         """A packet of several slots, or one with something special about it. Its status."""
@@ -155,11 +147,11 @@ class BackTx:
             self.statistics.drop("not granted")
             return NETIF_RSP_ERROR
         pieces = _gather(packet, fragments, pfns, table.memory.view)
-        header = self._describe(packet, pieces)
-        if header is None:
+        vnet = self._describe(packet, pieces)
+        if vnet is None:
             self.statistics.drop("a checksum is to be finished in no TCP or UDP frame")
             return NETIF_RSP_ERROR
-        if self.lane.write((header, *pieces)):
+        if self.lane.write((vnet, *pieces)):
             self.statistics.packets += 1
             self.statistics.bytes += packet.size
         else:
@@ -169,23 +161,23 @@ class BackTx:
     def _describe(self, packet: TxPacket, pieces: list[memoryview | bytes]) -> bytes | None:
         """What the frame lacks, as the interface wants to hear it. None if it is not what the flags say."""
         if packet.gso is None and not packet.flags & _CHECKSUM:
-            return _NOTHING
+            return NOTHING
         head: memoryview | bytes = pieces[0]
         if len(head) < HEAD_BYTES:
             head = b"".join(pieces)[:HEAD_BYTES]
         if packet.gso is None:
-            return self._header(packet.flags, head)
+            return header(bool(packet.flags & NETTXF_csum_blank), True, head)
         place = transport(head)
         version = 4 if packet.gso.type == XEN_NETIF_GSO_TYPE_TCPV4 else 6
-        header = None if place is None else gso(place, head, packet.gso.size, version)
-        if header is not None and place is not None and not packet.flags & NETTXF_csum_blank:
+        vnet = None if place is None else gso(place, head, packet.gso.size, version)
+        if vnet is not None and place is not None and not packet.flags & NETTXF_csum_blank:
             # a frontend that finished the checksum of the whole: undo that, each segment gets its own (Linux's fixup)
             at = place.start + place.checksum
             frame = bytearray(b"".join(pieces))
             frame[at : at + 2] = pseudo(frame, place, len(frame) - place.start).to_bytes(2, "big")
             pieces[:] = [bytes(frame)]
             self.statistics.fixups += 1
-        return header
+        return vnet
 
     def _may_go(self, size: int) -> bool:
         """The rate limit. False: nothing more before `resume_at`."""
@@ -216,15 +208,5 @@ def _gather(
     """Where the packet's bytes are in the guest's memory, neighbours joined."""
     if packet.whole and pfns == list(range(pfns[0], pfns[0] + len(pfns))):
         return [memory[pfns[0] << PAGE_SHIFT : (pfns[0] << PAGE_SHIFT) + packet.size]]
-    pieces: list[memoryview | bytes] = []
-    begin = end = -1  # of the piece that grows
-    for pfn, (_, offset, length) in zip(pfns, fragments, strict=True):
-        at = (pfn << PAGE_SHIFT) + offset
-        if at == end:
-            end += length
-        else:
-            if end > begin:
-                pieces.append(memory[begin:end])
-            begin, end = at, at + length
-    pieces.append(memory[begin:end])
-    return pieces
+    places = ((pfn << PAGE_SHIFT) + offset for pfn, (_, offset, _) in zip(pfns, fragments, strict=True))
+    return [*join(memory, zip(places, (length for _, _, length in fragments), strict=True))]

@@ -10,11 +10,11 @@ Invariants: every slot of the ring is posted except while it is looked at; respo
 from __future__ import annotations
 
 from netdev.headers import HEAD_BYTES, transport
-from netdev.link import VNET_SIZE, Lane
-from netdev.packet import MOST_SLOTS, SMALLEST_FRAME, RxPacket, RxSlot, parse_rx
+from netdev.link import Lane
+from netdev.packet import MOST_SLOTS, SMALLEST_FRAME, RxPacket, RxSlot, join, parse_rx
 from netdev.pages import Pages
 from netdev.statistics import Statistics
-from netdev.vnet import F_DATA_VALID, VNET, gso, partial
+from netdev.vnet import NOTHING, gso, header
 from xenmodel.domain import Domain
 from xenmodel.public.io.netif import (
     RX_REQUEST,
@@ -30,8 +30,6 @@ from xenmodel.ring import FrontRing
 from xenmodel.types import PAGE_SHIFT, PAGE_SIZE, Domid, PeerFault
 
 _MANY_SLOTS = NETRXF_more_data | NETRXF_extra_info
-_NOTHING = bytes(VNET_SIZE)
-_VALID = VNET.pack(F_DATA_VALID, 0, 0, 0, 0, 0)
 
 
 class FrontRx:
@@ -96,12 +94,12 @@ class FrontRx:
                 raise PeerFault(f"rx response for id {ident}, {status} bytes at {offset}, in the slot of request {page}")
             at = (page << PAGE_SHIFT) + offset
             frame = view[at : at + status]
-            header: bytes | None = _NOTHING
+            vnet: bytes | None = NOTHING
             if flags:
-                header = self._header(flags, frame)
-            if header is None:
+                vnet = header(bool(flags & NETRXF_csum_blank), bool(flags & NETRXF_data_validated), frame)
+            if vnet is None:
                 statistics.drop("a checksum is to be finished in no TCP or UDP frame")
-            elif write((header, frame)):
+            elif write((vnet, frame)):
                 packets += 1
                 total += status
             else:
@@ -109,12 +107,6 @@ class FrontRx:
         statistics.packets += packets
         statistics.bytes += total
         return i
-
-    def _header(self, flags: int, head: memoryview | bytes) -> bytes | None:
-        if flags & NETRXF_csum_blank:
-            place = transport(head)
-            return None if place is None else partial(place)
-        return _VALID if flags & NETRXF_data_validated else _NOTHING
 
     def _deliver(self, packet: RxPacket, slots: list[RxSlot], first: int) -> None:
         """A packet of several slots, or one with something special about it."""
@@ -128,12 +120,13 @@ class FrontRx:
         if packet.gso is not None:
             place = transport(head)
             version = 4 if packet.gso.type == XEN_NETIF_GSO_TYPE_TCPV4 else 6
-            header = None if place is None else gso(place, head, packet.gso.size, version)
+            vnet = None if place is None else gso(place, head, packet.gso.size, version)
         else:
-            header = self._header(packet.flags, head)
-        if header is None:
+            blank, valid = packet.flags & NETRXF_csum_blank, packet.flags & NETRXF_data_validated
+            vnet = header(bool(blank), bool(valid), head)
+        if vnet is None:
             self.statistics.drop("a checksum is to be finished in no TCP or UDP frame")
-        elif self.lane.write((header, *pieces)):
+        elif self.lane.write((vnet, *pieces)):
             self.statistics.packets += 1
             self.statistics.bytes += packet.size
         else:
@@ -153,22 +146,13 @@ class FrontRx:
                 if rest == start + 1:
                     return [view[begin : begin + packet.size]]
                 return [view[begin : begin + PAGE_SIZE], view[end : end + size]]
-        pieces: list[memoryview] = []
-        begin = end = -1  # of the piece that grows, in `view`
+        ranges = []
         for slot, offset, length in fragments:
             page = (first + slot) & mask
             if slots[slot][0] != page:
                 raise PeerFault(f"rx response for id {slots[slot][0]} in the slot of request {page}")
-            at = (page << PAGE_SHIFT) + offset
-            if at == end:
-                end += length
-            else:
-                if end > begin:
-                    pieces.append(view[begin:end])
-                begin, end = at, at + length
-        if end > begin:
-            pieces.append(view[begin:end])
-        return pieces
+            ranges.append(((page << PAGE_SHIFT) + offset, length))
+        return join(view, ranges)
 
     def _repost(self, count: int) -> None:
         """The next `count` slots, responses that were taken, become requests for the same pages."""

@@ -16,7 +16,7 @@ from struct import Struct
 
 from netdev.checksum import complete
 from netdev.headers import HEAD_BYTES, transport
-from netdev.link import BLOCKED, IDLE, MORE, VNET_SIZE, Batch, Lane
+from netdev.link import BLOCKED, IDLE, MORE, VNET_SIZE, Batch, Lane, Takes
 from netdev.packet import SMALLEST_FRAME, build_tx, gso_extra, tx_template
 from netdev.pages import Pages
 from netdev.statistics import Statistics
@@ -43,12 +43,12 @@ RESPONSE = Struct(f"<Hh{TX_SLOT_SIZE - 4}x")
 
 
 class FrontTx:
-    """`sg`, `gso4`, `gso6` and `csum6` are what the backend takes. OutOfResources if the guest has too little memory."""
+    """`takes` is what the backend can receive. OutOfResources if the guest has too little memory."""
 
-    def __init__(self, domain: Domain, peer: Domid, sg: bool, gso4: bool, gso6: bool, csum6: bool, wipe: bool) -> None:
+    def __init__(self, domain: Domain, peer: Domid, takes: Takes, wipe: bool) -> None:
         self.events = domain.events
-        self.gso4, self.gso6, self.csum6, self.wipe = gso4, gso6, csum6, wipe
-        self.most_bytes = XEN_NETIF_MAX_TX_SIZE if sg else PAGE_SIZE
+        self.takes, self.wipe = takes, wipe
+        self.most_bytes = XEN_NETIF_MAX_TX_SIZE if takes.sg else PAGE_SIZE
         self.statistics = Statistics()
         self.port = 0
         self.batch = Batch()
@@ -66,7 +66,7 @@ class FrontTx:
         self.template = tx_template(self.grefs)
         blank = NETTXF_csum_blank | NETTXF_data_validated
         # netif's flags by those of virtio_net; -1: look closer
-        self.plain = (0, blank if csum6 else -1, NETTXF_data_validated, blank if csum6 else -1)
+        self.plain = (0, blank if takes.csum6 else -1, NETTXF_data_validated, blank if takes.csum6 else -1)
         self.head = self.tail = 0  # free-running; head - tail pages are out
         self.out = bytearray(self.size)
         self.idents = [*range(self.size)]
@@ -152,15 +152,15 @@ class FrontTx:
         tx_flags, extra = 0, b""
         if flags & F_NEEDS_CSUM:
             tx_flags = NETTXF_csum_blank | NETTXF_data_validated
-            if not self.csum6:
+            if not self.takes.csum6:
                 tx_flags = self._finish(page, length, start, offset) or tx_flags
         elif flags & F_DATA_VALID:
             tx_flags = NETTXF_data_validated
         if gso_type:
             kind = gso_type & ~GSO_ECN
-            if kind == GSO_TCPV4 and self.gso4:
+            if kind == GSO_TCPV4 and self.takes.gso4:
                 extra = gso_extra(XEN_NETIF_GSO_TYPE_TCPV4, gso_size, TX_SLOT_SIZE)
-            elif kind == GSO_TCPV6 and self.gso6:
+            elif kind == GSO_TCPV6 and self.takes.gso6:
                 extra = gso_extra(XEN_NETIF_GSO_TYPE_TCPV6, gso_size, TX_SLOT_SIZE)
             else:
                 self.statistics.drop("segmentation that this backend does not offer")  # queued before it said so
@@ -232,8 +232,8 @@ class FrontTx:
                 if ident >= size or not out[ident]:
                     raise PeerFault(f"tx response for id {ident}, which is not out")
                 out[ident] = 0
-            while tail < self.head and not out[tail & (size - 1)]:
-                tail += 1
+        while tail < self.head and not out[tail & (size - 1)]:
+            tail += 1  # also over what was answered before its turn
         self.tail = tail
         lost = sum(1 for _, status in answers if status < 0)
         if lost:

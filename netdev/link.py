@@ -13,6 +13,9 @@ from typing import NamedTuple, Protocol
 from xenmodel.types import PeerFault
 
 VNET_SIZE = 10  # struct virtio_net_hdr
+MOST_QUEUES = 8  # Linux: xen_netif_max_queues, at most one per vCPU
+DEFAULT_MTU, LEAST_MTU, MOST_MTU = 1500, 68, 65535  # netif.h "MTU"; RFC 791; libxl
+NAME_BYTES = 15  # IFNAMSIZ without the final 0
 
 # what a poll() of a driver's queue came to: nothing waits any more; the batch was full; no room until its peer makes some
 IDLE, MORE, BLOCKED = range(3)
@@ -44,6 +47,17 @@ class Batch:
 
 class PortError(Exception):
     """The interface cannot be had; the text names it, and says why and what would be right."""
+
+
+class Takes(NamedTuple):
+    """What one end can receive, as it said in its nodes."""
+
+    sg: bool
+    gso4: bool
+    gso6: bool
+    csum4: bool
+    csum6: bool
+    notify: bool = True  # a frontend's feature-rx-notify
 
 
 class Plug(NamedTuple):
@@ -80,6 +94,14 @@ class FramePort(Protocol):
         """Is there anybody at our end? An interface without carrier accepts no frames from its own side."""
 
     def close(self) -> None: ...
+
+
+def check_name(name: str) -> None:
+    """ValueError if `name` cannot be an interface's, as the kernel's dev_valid_name, but without its patterns."""
+    if not name or name in (".", "..") or any(char in "/:%" or char.isspace() or not char.isprintable() for char in name):
+        raise ValueError("an interface's name is not empty, not a dot or two, and has no blank, '/', ':' or '%' in it")
+    if (size := len(name.encode(errors="surrogateescape"))) > NAME_BYTES:
+        raise ValueError(f"an interface's name has at most {NAME_BYTES} bytes, this one has {size}")
 
 
 def parse_mac(text: str | None, path: str) -> bytes:

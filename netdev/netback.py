@@ -16,11 +16,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from netdev.backrx import BackRx, Takes
+from netdev.backrx import BackRx
 from netdev.backtx import BackTx
 from netdev.credit import Credit, parse_rate
 from netdev.ctrl import CtrlBack, HashState
-from netdev.link import BLOCKED, FramePort, Plug, PortError, parse_mac
+from netdev.link import BLOCKED, MOST_QUEUES, FramePort, Plug, PortError, Takes, parse_mac
 from netdev.multicast import MulticastFilter
 from xenmodel.domain import Domain
 from xenmodel.grant_table import GrantTable
@@ -29,7 +29,7 @@ from xenmodel.public.grant_table import GNTST_TEXTS
 from xenmodel.public.io.netif import CTRL_SLOT_SIZE, RX_SLOT_SIZE, TX_SLOT_SIZE, XEN_NETIF_EXTRA_TYPE_MCAST_ADD
 from xenmodel.public.io.xenbus import XenbusState
 from xenmodel.ring import BackRing
-from xenmodel.types import PeerFault, Port
+from xenmodel.types import OutOfResources, PeerFault, Port
 from xenmodel.xenbus import Backend
 from xenmodel.xenstore.client import Client
 from xenmodel.xenstore.errors import XsError
@@ -37,7 +37,7 @@ from xenmodel.xenstore.errors import XsError
 
 @dataclass(frozen=True)
 class Offer:
-    """What this backend offers; tests and users turn features off to see how a frontend copes. None: key absent."""
+    """What this backend offers; tests turn features off (the key is 0 then) to see how a frontend copes."""
 
     sg: bool = True
     gso4: bool = True
@@ -104,11 +104,11 @@ class Netback(Backend):
         self.takes: Takes | None = None
         self.on_room: Callable[[], None] = lambda: None  # poll() answered BLOCKED, and may be tried again
         self.on_deadline: Callable[[], None] = lambda: None  # `deadline` has changed
-        self.on_removed: Callable[[], None] = lambda: None
         self._ctrl: CtrlBack | None = None
         self._hotplug_watch: str | None = None
         name = client.read(f"{node}/vifname") or f"vif{peer_domid}.{self.handle}"
-        lanes = client.read_int(f"{node}/xenfs-queues", 1, minimum=1, maximum=64)  # our toolstack's: libxl cannot say this
+        # our toolstack's, for libxl cannot say this
+        lanes = client.read_int(f"{node}/xenfs-queues", 1, minimum=1, maximum=MOST_QUEUES)
         try:
             self.port = open_port(Plug(node, peer_domid, self.handle, self.mac, lanes, name))
         except PortError as error:
@@ -124,12 +124,12 @@ class Netback(Backend):
         try:
             return self.queues[lane % len(self.queues)].rx.poll(self.port.lanes[lane])
         except PeerFault as fault:
-            if self.domain.maptrack.lookup(self.peer_domid) is not None:
-                self.fail(fault)
-            else:  # it is gone, and nobody would take the word of it away again
-                self.broken = str(fault)
-                self.finish_closing()
+            self.fail(fault)
             return BLOCKED
+
+    def interface_lost(self) -> None:
+        """Somebody has deleted the interface."""
+        self.fail(PeerFault(f"interface {self.name} was deleted"))
 
     @property
     def deadline(self) -> float | None:
@@ -328,6 +328,13 @@ class Netback(Backend):
 
     # --- closing ---------------------------------------------------------------------------------------------------
 
+    def fail(self, fault: PeerFault | OutOfResources | XsError) -> None:
+        if self.domain.maptrack.lookup(self.peer_domid) is None:  # it died: nobody would take an error node away again
+            self.broken = self.broken or str(fault)
+            self.finish_closing()
+        else:
+            super().fail(fault)
+
     def disconnect(self) -> bool:
         if self._ctrl is not None:
             self._ctrl.stopped = True
@@ -350,4 +357,3 @@ class Netback(Backend):
     def removed(self) -> None:
         self.client.rm(f"{self.node}/hotplug-status")
         self.stop()
-        self.on_removed()

@@ -22,7 +22,18 @@ from typing import NamedTuple
 from netdev.ctrl import CtrlFront
 from netdev.frontrx import FrontRx
 from netdev.fronttx import FrontTx
-from netdev.link import BLOCKED, FramePort, Plug, PortError, parse_mac
+from netdev.link import (
+    BLOCKED,
+    DEFAULT_MTU,
+    LEAST_MTU,
+    MOST_MTU,
+    MOST_QUEUES,
+    FramePort,
+    Plug,
+    PortError,
+    Takes,
+    parse_mac,
+)
 from xenmodel.domain import Domain
 from xenmodel.public.io.netif import (
     EXTRA,
@@ -36,9 +47,6 @@ from xenmodel.xenbus import Frontend
 from xenmodel.xenstore.client import Client
 from xenmodel.xenstore.errors import XsError
 
-DEFAULT_MTU = 1500  # netif.h, "MTU"
-MOST_QUEUES = 8  # Linux: xen_netif_max_queues, at most one per vCPU
-
 
 class Hash(NamedTuple):
     """What to ask the backend for through the control ring: types of XEN_NETIF_CTRL_HASH_TYPE_*, key, queue per entry."""
@@ -50,7 +58,7 @@ class Hash(NamedTuple):
 
 @dataclass(frozen=True)
 class Want:
-    """What this frontend asks for if the backend offers it; tests and users turn it down."""
+    """What this frontend asks for if the backend offers it; tests turn it down."""
 
     sg: bool = True
     gso4: bool = True
@@ -167,6 +175,10 @@ class Netfront(Frontend):
             self.fail(fault)
             return BLOCKED
 
+    def interface_lost(self) -> None:
+        """Somebody has deleted the guest's interface."""
+        self.fail(PeerFault("its interface was deleted"))
+
     def announce(self, frames: list[bytes]) -> None:
         """Tell the neighbours where we are (gratuitous ARP, unsolicited NA): our interface is behind another port now."""
         if self.queues:
@@ -212,11 +224,12 @@ class Netfront(Frontend):
         gso4 = offers["gso-tcpv4"] and want.gso4 and sg and want.csum
         gso6 = offers["gso-tcpv6"] and want.gso6 and sg and csum6
         split = offers["split-event-channels"] and want.split
+        takes = Takes(sg, gso4, gso6, True, csum6)
         self.features = {"queues": count, "sg": sg, "gso-tcpv4": gso4, "gso-tcpv6": gso6, "ipv6-csum-offload": csum6,
                          "split-event-channels": split}  # fmt: skip
         try:
             for i in range(count):
-                self._make_queue(i, sg, gso4, gso6, csum6, split)
+                self._make_queue(i, takes, split)
             if want.hash is not None and offers["ctrl-ring"]:
                 self.ctrl = CtrlFront(self.domain, self.peer_domid, self.fail)
         except (OutOfResources, PeerFault):
@@ -231,9 +244,9 @@ class Netfront(Frontend):
         if self._carrier_watch is None:
             self._carrier_watch = self.client.watch(f"{peer}/carrier", lambda _path: self._carrier_changed())
 
-    def _make_queue(self, number: int, sg: bool, gso4: bool, gso6: bool, csum6: bool, split: bool) -> None:
+    def _make_queue(self, number: int, takes: Takes, split: bool) -> None:
         lanes = self.port.lanes
-        tx = FrontTx(self.domain, self.peer_domid, sg, gso4, gso6, csum6, not self.trusted)
+        tx = FrontTx(self.domain, self.peer_domid, takes, not self.trusted)
         try:
             rx = FrontRx(self.domain, self.peer_domid, lanes[number % len(lanes)], not self.trusted)
         except OutOfResources:
@@ -284,7 +297,7 @@ class Netfront(Frontend):
         self._carrier_changed()
 
     def _read_mtu(self) -> int:
-        return self.client.read_int(f"{self.node}/mtu", DEFAULT_MTU, minimum=68, maximum=65535)
+        return self.client.read_int(f"{self.node}/mtu", DEFAULT_MTU, minimum=LEAST_MTU, maximum=MOST_MTU)
 
     def _hash_set(self, status: int, _data: int) -> None:
         self.hash_status = status

@@ -30,7 +30,8 @@ from pyroute2 import IPRoute  # type: ignore[import-untyped]
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted  # type: ignore[import-untyped]
 from pyroute2.netlink.exceptions import NetlinkError as Refused
 
-from netdev.tap import CLONE_NEWNET, MAC_BYTES, NETNS_DIR, OWN_NETNS, NamespaceError, check_name, inside, namespace_path
+from netdev.link import check_name
+from netdev.tap import CLONE_NEWNET, MAC_BYTES, NETNS_DIR, OWN_NETNS, NamespaceError, inside, namespace_path
 
 DUMP_TRIES = 5  # a dump is interrupted when the table changes meanwhile
 OUR_PREFIX = "xn"  # of the interfaces of our guests
@@ -75,15 +76,6 @@ class Netlink:
         with self._ask("reach the network"):
             pass  # a namespace that is missing is better said now
 
-    def __enter__(self) -> Netlink:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Nothing is open between two calls."""
-
     # ---- bridges and links ----
 
     def add_bridge(self, name: str, addresses: Sequence[str] = ()) -> bool:
@@ -109,18 +101,15 @@ class Netlink:
                 raise
             return found is None
 
-    def remove_link(self, name: str) -> None:
-        """Delete an interface of any kind; if it is gone already, so much the better."""
-        with self._ask(f"remove interface {name!r}") as ip:
-            try:
-                ip.link("del", ifname=name)
-            except Refused as error:
-                if error.code not in NO_SUCH:
-                    raise
-
-    def exists(self, name: str) -> bool:
-        with self._ask(f"look for interface {name!r}") as ip:
-            return self._find(ip, name) is not None
+    def release_bridge(self, name: str) -> None:
+        """Delete a bridge of ours; if it is gone already, so much the better. NetlinkError if another has its name now."""
+        with self._ask(what := f"remove bridge {name!r}") as ip:
+            found = self._find(ip, name)
+            if found is None:
+                return
+            if found.get("ifalias") != _mark():
+                raise self._error(what, "it is not ours any more: somebody has made another one of that name")
+            ip.link("del", index=found["index"])
 
     def is_bridge(self, name: str) -> bool:
         with self._ask(f"look for bridge {name!r}") as ip:
@@ -129,11 +118,6 @@ class Netlink:
     def link(self, name: str) -> Link:
         with self._ask(what := f"look at interface {name!r}") as ip:
             return self._link(ip, self._found(ip, name, what))
-
-    def counters(self, name: str) -> dict[str, int]:
-        """What the kernel counts: rx_packets, tx_bytes, rx_dropped and so on, in the interface's own view."""
-        with self._ask(what := f"count interface {name!r}") as ip:
-            return dict(self._found(ip, name, what).get("stats64") or {})
 
     def set_link(
         self, name: str, *, up: bool | None = None, mtu: int | None = None,
@@ -158,18 +142,6 @@ class Netlink:
                 change["master"] = self._bridge(ip, bridge, what)["index"] if bridge else 0
             if change:
                 ip.link("set", index=index, **change)
-
-    def bridge_macs(self, bridge: str) -> dict[str, set[bytes]]:
-        """The forwarding table: for each port (and the bridge) the addresses behind it, its own included."""
-        with self._ask(what := f"read the forwarding table of bridge {bridge!r}") as ip:
-            master = self._bridge(ip, bridge, what)["index"]
-            names = {row["index"]: str(row.get("ifname")) for row in _dump(ip.link)}
-            macs: dict[str, set[bytes]] = {}
-            for row in _dump(ip.fdb):
-                # without a master it is what the port's own hardware listens to
-                if row.get("master") == master and row["ifindex"] in names:
-                    macs.setdefault(names[row["ifindex"]], set()).add(_mac(row.get("lladdr")))
-            return macs
 
     # ---- addresses ----
 
@@ -309,30 +281,52 @@ def _started(pid: int) -> str | None:
 
 def create_namespace(name: str) -> None:
     """A new network namespace with our mark, its lo up. The calling thread stays where it is."""
-    what = f"create network namespace {name!r}"
-    with _failing(what):
-        path = namespace_path(name)
-        _share_directory()
-        try:
-            os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0))
-        except FileExistsError as error:
-            raise NetlinkError(f"cannot {what}: it exists; choose another name, or `ip netns delete {name}`") from error
+    with _locked(f"create network namespace {name!r}") as what:
+        _create(name, what)
+
+
+def _create(name: str, what: str) -> None:
+    path = namespace_path(name)
     try:
-        with _failing(what):
-            _mount_new_namespace(path)
+        os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0))
+    except FileExistsError as error:
+        raise NetlinkError(f"cannot {what}: it exists; choose another name, or `ip netns delete {name}`") from error
+    try:
+        _mount_new_namespace(path)
         with Netlink(name)._ask(what) as ip:
             ip.link("set", index=LOOPBACK_INDEX, ifalias=_mark(), state="up")
     except BaseException:
-        remove_namespace(name)
+        _take_away(path)
         raise
 
 
 def remove_namespace(name: str) -> None:
     """Take the name away. The namespace ends with its last process and descriptor. If there is none of it: nothing."""
-    with _failing(f"remove network namespace {name!r}"), contextlib.suppress(FileNotFoundError):
-        path = namespace_path(name)
-        _libc.umount2(os.fsencode(path), MNT_DETACH)  # no mount: then it is only a file
-        os.unlink(path)
+    with _locked(f"remove network namespace {name!r}"):
+        _take_away(namespace_path(name))
+
+
+def release_namespace(name: str) -> None:
+    """remove_namespace() for one of ours. NetlinkError if another has its name now."""
+    with _locked(f"remove network namespace {name!r}") as what:
+        if name in namespaces():
+            if _contents(name, what)[0] != _mark():
+                raise NetlinkError(f"cannot {what}: it is not ours any more: somebody has made another one of that name")
+            _take_away(namespace_path(name))
+
+
+def claim_namespace(name: str) -> None:
+    """create_namespace(), but one that an xenfs which no longer lives has left is removed first. NetlinkError if it is
+    in use (its maker lives, or a guest's interface is in it) or was made by somebody else."""
+    with _locked(f"claim network namespace {name!r}") as what:
+        if name in namespaces():
+            alias, links = _contents(name, what)
+            if reason := _kept(alias):
+                raise NetlinkError(f"cannot {what}: it exists; {reason}; choose another name")
+            if taken := sorted(link for link in links if link.startswith(OUR_PREFIX)):
+                raise NetlinkError(f"cannot {what}: in use: {', '.join(taken)} is in it; choose another name")
+            _take_away(namespace_path(name))
+        _create(name, what)
 
 
 def namespaces() -> list[str]:
@@ -342,35 +336,36 @@ def namespaces() -> list[str]:
         return []
 
 
-def claim_namespace(name: str) -> None:
-    """create_namespace(), but one that an xenfs which no longer lives has left is removed first. NetlinkError if it is
-    in use (its maker lives, or a guest's interface is in it) or was made by somebody else."""
-    if name in namespaces():
-        what = f"claim network namespace {name!r}"
-        with Netlink(name) as netlink, netlink._ask(what) as ip:
-            rows = _dump(ip.link)
-        taken = [str(row.get("ifname")) for row in rows if str(row.get("ifname")).startswith(OUR_PREFIX)]
-        alias = next((row.get("ifalias") or "" for row in rows if row["index"] == LOOPBACK_INDEX), "")
-        if reason := _kept(alias):
-            raise NetlinkError(f"cannot {what}: it exists; {reason}; choose another name")
-        if taken:
-            raise NetlinkError(f"cannot {what}: in use: {', '.join(sorted(taken))} is in it; choose another name")
-        remove_namespace(name)
-    create_namespace(name)
+def _contents(name: str, what: str) -> tuple[str, list[str]]:
+    """The mark of a namespace (the alias of its lo), and the names of its interfaces."""
+    with Netlink(name)._ask(what) as ip:
+        rows = _dump(ip.link)
+    alias = next((row.get("ifalias") or "" for row in rows if row["index"] == LOOPBACK_INDEX), "")
+    return alias, [str(row.get("ifname")) for row in rows]
 
 
-def _share_directory() -> None:
-    """A shared mount, as `ip netns add` makes it, so that names made and removed here are so in every mount namespace."""
-    os.makedirs(NETNS_DIR, mode=0o755, exist_ok=True)
-    directory = os.fsencode(NETNS_DIR)
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ip locks it too: two that come first must not mount twice
-        if _libc.mount(b"", directory, b"none", MS_SHARED | MS_REC, None):
-            _mount(directory, directory, MS_BIND | MS_REC)
-            _mount(b"", directory, MS_SHARED | MS_REC)
-    finally:
-        os.close(lock)
+def _take_away(path: str) -> None:
+    _libc.umount2(os.fsencode(path), MNT_DETACH)  # no mount: then it is only a file
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def _locked(what: str) -> Iterator[str]:
+    """Nobody else looks, makes or removes there meanwhile: ip-netns(8) and other xenfs take the same lock. The directory is
+    a shared mount, as ip makes it, so that what changes here does so in every mount namespace."""
+    with _failing(what):
+        os.makedirs(NETNS_DIR, mode=0o755, exist_ok=True)
+        directory = os.fsencode(NETNS_DIR)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _libc.mount(b"", directory, b"none", MS_SHARED | MS_REC, None):
+                _mount(directory, directory, MS_BIND | MS_REC)
+                _mount(b"", directory, MS_SHARED | MS_REC)
+            yield what
+        finally:
+            os.close(lock)
 
 
 def _mount_new_namespace(path: str) -> None:

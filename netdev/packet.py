@@ -8,7 +8,7 @@ packet with a `problem`, answered with an error: the line that Linux's netback d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from xenmodel.public.io.netif import (
@@ -247,3 +247,19 @@ def gso_extra(gso_type: int, size: int, slot_size: int) -> bytes:
     """One GSO extra slot."""
     slot = EXTRA_GSO.pack(XEN_NETIF_EXTRA_TYPE_GSO, 0, size, gso_type, 0)
     return slot.ljust(slot_size, b"\0")
+
+
+def join(memory: memoryview, ranges: Iterable[tuple[int, int]]) -> list[memoryview]:
+    """Slices of `memory` for (begin, length) after (begin, length), neighbours joined, empty ones left out."""
+    pieces: list[memoryview] = []
+    begin = end = 0
+    for at, length in ranges:
+        if at == end:
+            end += length
+        elif length:
+            if end > begin:
+                pieces.append(memory[begin:end])
+            begin, end = at, at + length
+    if end > begin:
+        pieces.append(memory[begin:end])
+    return pieces

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 class Statistics:
     """`packets` and `bytes` that crossed; `drops` by reason (a bounded set of texts, none of them made from peer data);
-    `fixups`: GSO packets whose checksum the guest had finished (Linux: tx_gso_checksum_fixup)."""
+    `fixups`: GSO packets whose checksum the guest had finished (Linux: tx_gso_checksum_fixup); `bad_pages`: posted pages
+    that were not granted, each answered with an error."""
 
-    __slots__ = ("bytes", "drops", "fixups", "packets")
+    __slots__ = ("bad_pages", "bytes", "drops", "fixups", "packets")
 
     def __init__(self) -> None:
-        self.packets = self.bytes = self.fixups = 0
+        self.packets = self.bytes = self.fixups = self.bad_pages = 0
         self.drops: dict[str, int] = {}
 
     def drop(self, reason: str, count: int = 1) -> None:

@@ -24,9 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pytun import IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TunTapDevice
 
-from netdev.link import VNET_SIZE, Buffers
+from netdev.link import VNET_SIZE, Buffers, check_name
 
-NAME_CHARS = 15  # IFNAMSIZ without the final 0
 MOST_QUEUES = 256  # MAX_TAP_QUEUES of the kernel's tun.c
 MAC_BYTES = 6
 DEVICE = "/dev/net/tun"
@@ -194,14 +193,6 @@ class Tap:
                 self.lanes[0].error = errno.EBADFD
                 return
             raise TapError(f"cannot set {what} for TAP {self._where()}: {error.strerror}") from error
-
-
-def check_name(name: str) -> None:
-    """ValueError if `name` cannot be an interface's, as the kernel's dev_valid_name, but without its patterns."""
-    if not name or name in (".", "..") or any(char in "/:%" or char.isspace() or not char.isprintable() for char in name):
-        raise ValueError("an interface's name is not empty, not a dot or two, and has no blank, '/', ':' or '%' in it")
-    if len(os.fsencode(name)) > NAME_CHARS:
-        raise ValueError(f"an interface's name has at most {NAME_CHARS} bytes, this one has {len(os.fsencode(name))}")
 
 
 # ---- network namespaces ----

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from struct import Struct
 
-from netdev.headers import HEAD_BYTES, TCP, TCP_CHECKSUM, TCP_HEADER, UDP_CHECKSUM, Octets, Transport
+from netdev.headers import HEAD_BYTES, TCP, TCP_CHECKSUM, TCP_HEADER, UDP_CHECKSUM, Octets, Transport, transport
 
 VNET = Struct("<BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
 
@@ -20,6 +20,9 @@ GSO_NONE = 0
 GSO_TCPV4 = 1
 GSO_TCPV6 = 4
 GSO_ECN = 0x80  # with one of the others: the frame has CWR set
+
+NOTHING = VNET.pack(0, GSO_NONE, 0, 0, 0, 0)  # of a frame that lacks nothing
+VALID = VNET.pack(F_DATA_VALID, GSO_NONE, 0, 0, 0, 0)
 
 # By the offset of the transport header; a frame's head holds no others.
 _PARTIAL_TCP = tuple(VNET.pack(F_NEEDS_CSUM, GSO_NONE, 0, 0, start, TCP_CHECKSUM) for start in range(HEAD_BYTES))
@@ -47,3 +50,12 @@ def gso(place: Transport, head: Octets, gso_size: int, version: int) -> bytes | 
         return None
     kind = GSO_TCPV4 if version == 4 else GSO_TCPV6
     return VNET.pack(F_NEEDS_CSUM, kind, start + header, gso_size, start, checksum)
+
+
+def header(blank: bool, valid: bool, head: Octets) -> bytes | None:
+    """Of a frame that begins with `head`, from netif's flags csum_blank and data_validated. None: it has no checksum that
+    could be blank."""
+    if blank:
+        place = transport(head)
+        return None if place is None else partial(place)
+    return VALID if valid else NOTHING

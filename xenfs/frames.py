@@ -21,6 +21,7 @@ from netdev.link import BLOCKED
 log = logging.getLogger("xenfs.frames")
 
 TURN_S = 0.002  # how long other tasks may have to wait for us
+SERVE_S = 0.0005  # for how long frames are taken in before the host delivers: that takes longer still
 LOOK_S = 50e-6  # how long to look for the next frame after the last one
 MOST_EVENTS = 64
 
@@ -28,9 +29,11 @@ MOST_EVENTS = 64
 class Driver(Protocol):
     """Netfront or Netback."""
 
+    node: str
     on_room: Callable[[], None]
 
     def poll(self, lane: int) -> int: ...
+    def interface_lost(self) -> None: ...
 
 
 class Waiting(Protocol):
@@ -116,7 +119,7 @@ class Frames:
         while now < turn_ends:
             got = poll(0, MOST_EVENTS)
             if got:
-                self._serve(got)
+                self._serve(got, now + SERVE_S)
             more = kick()
             now = clock()
             if got:
@@ -125,18 +128,21 @@ class Frames:
                 return False
         return True
 
-    def _serve(self, ready: list[tuple[int, int]]) -> None:
+    def _serve(self, ready: list[tuple[int, int]], until: float) -> None:
+        """Poll one lane after another. Those there was no time for come first next time: epoll takes turns."""
         for fd, events in ready:
             entry = self.lanes.get(fd)
             if entry is None:
                 continue  # removed by what came before it
             driver, lane = entry
             if not events & select.EPOLLIN:
-                log.error("an interface was deleted by somebody else: its vif is cut off")
-                self._disarm(fd)
-                del self.lanes[fd]
+                log.error("%s: its interface was deleted by somebody else; the device is closed", driver.node)
+                self.remove(driver)
+                driver.interface_lost()
             elif driver.poll(lane) == BLOCKED:
                 self._disarm(fd)
+            if time.perf_counter() > until:
+                break
 
     def close(self) -> None:
         self.epoll.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import trio
@@ -172,7 +173,7 @@ class World:
                     yield guest, device
 
     def netbacks(self) -> list[Netback]:
-        return [device for device in self.backends.devices.values() if isinstance(device, Netback)]
+        return list(self.vifs.backs.values())
 
     def _rings(self, domain: Domain) -> str:
         """Rows of the frontends in `domain`, then of the backends."""
@@ -280,14 +281,16 @@ class World:
         while any(front.state is not XenbusState.Closed for front in served) and time.monotonic() < deadline:
             self.kick()
             time.sleep(0.001)
-        for domid in list(self.guests):
-            self.destroy(domid)
-        self.backends.stop()
-        self.hypervisor.settle()
-        self.vifs.close()
-        finished = self.workers.close()
-        self.hypervisor.close()
-        return finished
+        finished = []
+        with ExitStack() as rest:  # in reverse; and whatever fails, the rest is still done
+            rest.callback(self.hypervisor.close)
+            rest.callback(lambda: finished.append(self.workers.close()))
+            rest.callback(self.vifs.close)
+            rest.callback(self.hypervisor.settle)
+            rest.callback(self.backends.stop)
+            for domid in list(self.guests):
+                rest.callback(self.destroy, domid)
+        return finished == [True]
 
 
 def _make_blkfront(domain: Domain, client: Client, node: str, peer: str, domid: int) -> Blkfront:

@@ -21,14 +21,13 @@ from typing import NamedTuple
 
 from netdev.announce import gratuitous_arp, unsolicited_na
 from netdev.link import Plug, PortError
-from netdev.netlink import Netlink, NetlinkError, claim_namespace, remove_namespace
+from netdev.netlink import Netlink, NetlinkError, claim_namespace, release_namespace
 from netdev.tap import Tap, TapError
 from xenfs.config import GuestConfig
-from xenfs.vifspec import VifSpec
+from xenfs.vifspec import BACKEND_MAC
 
 log = logging.getLogger("xenfs.network")
 
-BACKEND_MAC = bytes.fromhex("feffffffffff")  # as xen-netback: no station has it, and no bridge takes it for its own
 GSO_MAX_BYTES = 65535 - 18  # netif.h, XEN_NETIF_MAX_TX_SIZE, less an Ethernet header with a VLAN tag
 CLOSE_S = 10.0
 
@@ -114,19 +113,23 @@ class Network:
         self._namespaces.append(name)
 
     def remove_namespace(self, name: str) -> None:
+        """One of ours. What fails is said, and tried once more at the end."""
         if name in self._namespaces:
-            self._namespaces.remove(name)
-            remove_namespace(name)
+            try:
+                release_namespace(name)
+                self._namespaces.remove(name)
+            except NetlinkError as error:
+                log.error("%s", error)
 
     def close(self) -> None:
         """Take away what is left. What fails is said, and the rest is still done."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(CLOSE_S)
-        for remove, names in ((remove_namespace, self._namespaces), (self.host.remove_link, self._bridges)):
+        for release, names in ((release_namespace, self._namespaces), (self.host.release_bridge, self._bridges)):
             while names:
                 try:
-                    remove(names.pop())
+                    release(names.pop())
                 except NetlinkError as error:
                     log.error("%s", error)
         if self._thread is None or not self._thread.is_alive():
@@ -142,7 +145,7 @@ class Network:
     def open_back(self, plug: Plug) -> Tap:
         """The backend's, on no bridge yet. PortError."""
         assert plug.name is not None, "a backend's interface has a name"
-        return self._open(plug.name, plug, None, BACKEND_MAC)
+        return self._open(plug.name, plug, None, bytes.fromhex(BACKEND_MAC.replace(":", "")))
 
     def _open(self, name: str, plug: Plug, namespace: str | None, mac: bytes) -> Tap:
         try:
@@ -206,8 +209,3 @@ class Network:
 def front_name(config: GuestConfig, plug: Plug) -> str:
     """xn<handle>; among those of other guests, in the host's own namespace, xn<domid>.<handle>."""
     return f"xn{plug.handle}" if config.netns_name else f"xn{plug.domid}.{plug.handle}"
-
-
-def spec_of(config: GuestConfig, handle: int) -> VifSpec | None:
-    """The entry of `vif = [ ... ]` that became this interface."""
-    return next((spec for spec in config.vifs if spec.devid == handle), None)

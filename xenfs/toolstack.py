@@ -17,9 +17,10 @@ import stat
 from collections.abc import Callable
 from typing import Protocol
 
+from netdev.link import DEFAULT_MTU
 from xenfs.config import GuestConfig
 from xenfs.diskspec import DiskSpec
-from xenfs.vifspec import MTU_DEFAULT, VifSpec, next_devid
+from xenfs.vifspec import VifSpec, next_devid
 from xenmodel.domain import Domain
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.public.io.xenbus import XenbusState
@@ -147,7 +148,7 @@ class Toolstack:
             ("frontend-id", str(domid)), ("online", "1"), ("state", "1"), ("script", vif.script),
             ("vifname", vif.vifname or ""), ("mac", vif.mac), ("ip", " ".join(vif.ip)),
             ("rate", ",".join(map(str, vif.rate or ()))),
-            ("mtu", "" if vif.mtu == MTU_DEFAULT else str(vif.mtu)), ("bridge", vif.bridge), ("handle", str(devid)),
+            ("mtu", "" if vif.mtu == DEFAULT_MTU else str(vif.mtu)), ("bridge", vif.bridge), ("handle", str(devid)),
             ("type", vif.type),
         ]  # fmt: skip
         backend = [node for node in backend if node[1]]  # libxl leaves out what was not given
@@ -242,7 +243,7 @@ class Toolstack:
             return
         front = self.client.read(f"{back}/frontend")
         if self.client.exists(f"{front}/mtu"):  # the guest may have removed its directory, and is not to get it back
-            self.client.write(f"{front}/mtu", mtu or self.client.read(f"{back}/mtu") or MTU_DEFAULT)
+            self.client.write(f"{front}/mtu", mtu or self.client.read(f"{back}/mtu") or DEFAULT_MTU)
         self.client.write(f"{back}/hotplug-status", "connected")
 
     def detach_disk(self, domid: int, ident: int, done: Callable[[], None] = lambda: None) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from netdev.link import MOST_MTU, MOST_QUEUES
 from netdev.netback import Netback
 from netdev.netfront import Netfront, Want
 from netdev.tap import Tap
 from xenfs.config import GuestConfig
 from xenfs.frames import Frames
-from xenfs.network import Network, spec_of
+from xenfs.network import Network
 from xenfs.probe import Make
 from xenfs.toolstack import HotplugDone, Toolstack
 from xenmodel.domain import Domain
@@ -29,6 +30,7 @@ class Vifs:
         self.backs: dict[str, Netback] = {}  # by backend directory
         self.frames = Frames(kick, self.backs.values)
         self._mtus: dict[Tap, int] = {}  # as last set, of the guests' interfaces
+        self._announcing: set[Tap] = set()  # whose addresses are being asked for
         self.toolstack = toolstack
         self.announce = announce
         toolstack.hotplug_vif = self._plug
@@ -37,8 +39,8 @@ class Vifs:
         """What makes the frontends of one guest."""
 
         def make(domain: Domain, client: Client, node: str, peer: str, domid: int) -> Netfront:
-            spec = spec_of(config, client.read_int(f"{node}/handle", 0))
-            want = Want(queues=spec.queues if spec else 1)
+            want = Want(queues=client.read_int(f"{peer}/xenfs-queues", 1, minimum=1, maximum=MOST_QUEUES))
+            addresses = (client.read(f"{peer}/ip") or "").split()
             front = Netfront(domain, client, node, peer, domid, lambda plug: self.network.open_front(config, plug), want)
             tap = _tap(front)
 
@@ -47,7 +49,7 @@ class Vifs:
                     front.fail(PeerFault(str(result)))
 
             self._mtus[tap] = front.mtu
-            self.network.set_up_front(tap, front.mtu, spec.ip if spec else (), ready)
+            self.network.set_up_front(tap, front.mtu, addresses, ready)
             self._serve(front)
             return front
 
@@ -74,9 +76,9 @@ class Vifs:
 
     def changed(self, guest: str, front: Netfront) -> None:
         """A frontend's link came or went: when it came, say so to the user and to its neighbours."""
-        if not front.link_up:
-            return
         tap = _tap(front)
+        if not front.link_up or tap in self._announcing:  # a backend that flaps costs one job at a time
+            return
         if self._mtus.get(tap) != front.mtu:  # not each time: a user may have set another one since
             self._mtus[tap] = front.mtu
             self.network.set_mtu(tap, front.mtu)
@@ -85,9 +87,11 @@ class Vifs:
         self.announce(f"{guest} {tap.name}: {front.mac.hex(':')}{where}, bridge {bridge}, connected")
 
         def known(frames: object) -> None:
+            self._announcing.discard(tap)
             if isinstance(frames, list):
                 front.announce(frames)  # in vain if it was disconnected meanwhile
 
+        self._announcing.add(tap)
         self.network.announcements(tap, known)
 
     def close(self) -> None:
@@ -101,7 +105,11 @@ class Vifs:
         if back is None:
             done("the backend is gone")
             return
-        mtu = read(f"{node}/mtu")
+        try:
+            mtu = self.toolstack.client.read_int(f"{node}/mtu", 0, maximum=MOST_MTU) or None
+        except PeerFault as fault:
+            done(str(fault))
+            return
 
         def plugged(result: object) -> None:
             if isinstance(result, int):
@@ -109,7 +117,7 @@ class Vifs:
             else:
                 done(str(result))
 
-        self.network.online(back.name, read(f"{node}/bridge") or "", int(mtu) if mtu else None, plugged)
+        self.network.online(back.name, read(f"{node}/bridge") or "", mtu, plugged)
 
 
 def _tap(device: Netfront | Netback) -> Tap:

@@ -22,16 +22,14 @@ import ipaddress
 import re
 from dataclasses import dataclass, replace
 
+from netdev.link import DEFAULT_MTU, LEAST_MTU, MOST_MTU, MOST_QUEUES, check_name
+
 MAX_SPEC_CHARS = 8192
 MAX_ADDRESSES = 32
-MAX_NAME_CHARS = 15  # IFNAMSIZ - 1
 MAX_DEVID = 65535  # "vif65535.65535" still is a name
-MAX_QUEUES = 8
-MTU_DEFAULT = 1500
-MTU_RANGE = (68, 65535)  # a TAP's
 RATE_INTERVAL_USEC = 50_000  # libxlu's default
 SCRIPT = "/etc/xen/scripts/vif-bridge"
-BACKEND_MAC = "fe:ff:ff:ff:ff:ff"  # the host's side of every vif
+BACKEND_MAC = "fe:ff:ff:ff:ff:ff"  # the host's side of every vif: no station has it, and no bridge takes it for its own
 DEFAULT_PREFIX = {4: 24, 6: 64}
 
 _BLANK = " \t\n"
@@ -48,7 +46,6 @@ _REFUSED = {
 _FLAGS = {"trusted": True, "untrusted": False}
 _PARAMETER_NAME = re.compile(r"[a-z][-_a-z0-9]*")
 _MAC = re.compile(r"[0-9a-fA-F]{1,2}(?:([:-])[0-9a-fA-F]{1,2})(?:\1[0-9a-fA-F]{1,2}){4}")
-_INTERFACE = re.compile(r"(?!\.\.?$)[!-$&-.0-9;-~]{1,15}")  # no blank, '/', ':' (dev_valid_name), or '%' (a pattern)
 _DECIMAL = re.compile(r"[0-9]{1,10}")
 _RATE = re.compile(r"([0-9]+)([GMK]?)([Bb])/s")
 _INTERVAL = re.compile(r"([0-9]+)([mu]?)s?")
@@ -68,7 +65,7 @@ class VifSpec:
     mac: str = ""
     bridge: str = "xenbr0"
     ip: tuple[str, ...] = ()
-    mtu: int = MTU_DEFAULT
+    mtu: int = DEFAULT_MTU
     rate: tuple[int, int] | None = None
     vifname: str | None = None
     devid: int | None = None
@@ -171,12 +168,12 @@ def _meaning(given: dict[str, str]) -> VifSpec:
         mac=_mac(given["mac"]) if "mac" in given else "",
         bridge=bridge,
         ip=_addresses(given.get("ip", "")),
-        mtu=_number(given, "mtu", *MTU_RANGE) or MTU_DEFAULT,
+        mtu=_number(given, "mtu", LEAST_MTU, MOST_MTU) or DEFAULT_MTU,
         rate=parse_rate(given["rate"]) if "rate" in given else None,
         vifname=vifname,
         devid=_number(given, "devid", 0, MAX_DEVID),
         trusted=_FLAGS[given.get("trusted", "trusted")],
-        queues=_number(given, "queues", 1, MAX_QUEUES) or 1,
+        queues=_number(given, "queues", 1, MOST_QUEUES) or 1,
         script=_script(given.get("script", SCRIPT)),
         model=_printable("model", given["model"]) if given.get("model") else None,
     )
@@ -195,11 +192,10 @@ def _mac(text: str) -> str:
 
 
 def _check_interface(key: str, name: str) -> None:
-    if not _INTERFACE.fullmatch(name):
-        raise VifError(
-            f"{key} {_shown(name)} is no name of an interface: 1 to {MAX_NAME_CHARS} characters of ASCII"
-            " without blanks, '/', ':' and '%'"
-        )
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise VifError(f"{key} {_shown(name)}: {error}") from None
 
 
 def _addresses(text: str) -> tuple[str, ...]:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from netdev.backrx import BackRx, Takes
+from netdev.backrx import BackRx
 from netdev.backtx import BackTx
 from netdev.frontrx import FrontRx
 from netdev.fronttx import FrontTx
-from netdev.link import BLOCKED, IDLE, MORE, VNET_SIZE, Buffers, Lane
+from netdev.link import BLOCKED, IDLE, MORE, VNET_SIZE, Buffers, Lane, Takes
 from netdev.multicast import MulticastFilter
 from netdev.packet import parse_rx, parse_tx
 from netdev.vnet import F_NEEDS_CSUM, GSO_TCPV4, GSO_TCPV6, VNET
@@ -162,8 +162,8 @@ class TxFront(_Front):
 
     def __init__(self, *, wipe: bool = False, start: int = 0, **features: bool) -> None:
         super().__init__()
-        given = dict.fromkeys(("sg", "gso4", "gso6", "csum6"), True) | features
-        self.tx = FrontTx(self.guest, self.dom0.domid, wipe=wipe, **given)
+        given = dict.fromkeys(("sg", "gso4", "gso6", "csum4", "csum6"), True) | features
+        self.tx = FrontTx(self.guest, self.dom0.domid, Takes(**given), wipe)
         self.room = 0
         self.tx.on_room = lambda: setattr(self, "room", self.room + 1)
         self._attach(self.tx, 12, start)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from netdev.fronttx import FrontTx
-from netdev.link import BATCH, BLOCKED, IDLE, MORE
+from netdev.link import BATCH, BLOCKED, IDLE, MORE, Takes
 from netdev.vnet import GSO_ECN, VNET
 from tests.netdev.halves import STARTS, Sent, TxFront, finished, needs_csum, needs_gso, numbered, unfinished
 from tests.netdev.test_headers import UDP, Frame
@@ -393,6 +393,6 @@ def test_too_little_memory(make: Any):
         taken = domain.memory.allocate(domain.memory.free_pages - left)
         before, grants = domain.memory.free_pages, sum(1 for _ in domain.grants.entries())
         with pytest.raises(OutOfResources):
-            FrontTx(domain, front.dom0.domid, True, True, True, True, False)
+            FrontTx(domain, front.dom0.domid, Takes(True, True, True, True, True), False)
         assert (domain.memory.free_pages, sum(1 for _ in domain.grants.entries())) == (before, grants)
         domain.memory.release(taken, domain.memory.pages - taken - left)

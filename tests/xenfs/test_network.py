@@ -14,8 +14,7 @@ import pytest
 
 from netdev.link import Plug
 from xenfs.config import GuestConfig
-from xenfs.network import Bridge, Network, front_name, spec_of
-from xenfs.vifspec import VifSpec
+from xenfs.network import Bridge, Network, front_name
 
 WAIT_S = 10.0
 
@@ -60,13 +59,6 @@ def test_names():
     config, plug = GuestConfig("", "g", "uuid"), Plug("", 7, 3, bytes(6), 1)
     assert front_name(config, plug) == "xn3"
     assert front_name(replace(config, netns="host"), plug) == "xn7.3"
-
-
-def test_spec_of():
-    """Goal: an interface finds its entry by its number, whatever the order; a hot-plugged one has none.  Method: two."""
-    first, second = VifSpec(devid=5), VifSpec(devid=0)
-    config = GuestConfig("", "g", "uuid", vifs=(first, second))
-    assert [spec_of(config, handle) for handle in (0, 5, 1)] == [second, first, None]
 
 
 def test_no_job_no_thread(network):

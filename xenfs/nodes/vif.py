@@ -35,6 +35,8 @@ def counts(statistics: Statistics) -> str:
     text = f"packets={statistics.packets} bytes={statistics.bytes} dropped={statistics.dropped}"
     if statistics.fixups:
         text += f" fixups={statistics.fixups}"
+    if statistics.bad_pages:
+        text += f" bad_pages={statistics.bad_pages}"
     return text + "".join(f" ({reason}: {count})" for reason, count in sorted(statistics.drops.items()))
 
 
