@@ -197,6 +197,9 @@ class FrontTx:
         self._mark_out(page, pages)
         self.head += pages
         flags = NETTXF_extra_info if extra else 0
+        if frame:
+            self.statistics.packets += 1
+            self.statistics.bytes += len(frame)
         self._publish(build_tx(self.template, self.grefs, page, len(frame), flags, extra))
         return True
 

@@ -53,6 +53,11 @@ class NetlinkError(Exception):
     """Something the host's network would not do; the text says what, to which interface, where and why."""
 
 
+class NotOursError(NetlinkError):
+    def __init__(self, what: str) -> None:
+        super().__init__(f"cannot {what}: it is not ours any more: somebody has made another one of that name")
+
+
 @dataclass(frozen=True)
 class Link:
     """An interface. `kind` is "" for hardware and lo, `master` is the name of its bridge or "", `mac` may be empty."""
@@ -73,8 +78,8 @@ class Netlink:
 
     def __init__(self, namespace: str | None = None) -> None:
         self.namespace = namespace
-        with self._ask("reach the network"):
-            pass  # a namespace that is missing is better said now
+        with self._ask("reach the network"):  # a namespace that is missing is better said now
+            pass
 
     # ---- bridges and links ----
 
@@ -108,7 +113,7 @@ class Netlink:
             if found is None:
                 return
             if found.get("ifalias") != _mark():
-                raise self._error(what, "it is not ours any more: somebody has made another one of that name")
+                raise NotOursError(what + self._where())
             ip.link("del", index=found["index"])
 
     def is_bridge(self, name: str) -> bool:
@@ -311,7 +316,7 @@ def release_namespace(name: str) -> None:
     with _locked(f"remove network namespace {name!r}") as what:
         if name in namespaces():
             if _contents(name, what)[0] != _mark():
-                raise NetlinkError(f"cannot {what}: it is not ours any more: somebody has made another one of that name")
+                raise NotOursError(what)
             _take_away(namespace_path(name))
 
 
@@ -330,10 +335,7 @@ def claim_namespace(name: str) -> None:
 
 
 def namespaces() -> list[str]:
-    try:
-        return sorted(os.listdir(NETNS_DIR))
-    except FileNotFoundError:
-        return []
+    return sorted(os.listdir(NETNS_DIR)) if os.path.isdir(NETNS_DIR) else []
 
 
 def _contents(name: str, what: str) -> tuple[str, list[str]]:
@@ -346,14 +348,19 @@ def _contents(name: str, what: str) -> tuple[str, list[str]]:
 
 def _take_away(path: str) -> None:
     _libc.umount2(os.fsencode(path), MNT_DETACH)  # no mount: then it is only a file
-    with contextlib.suppress(FileNotFoundError):
+    try:
         os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        more = f"; something else is mounted on {path}, `umount` it" if error.errno == errno.EBUSY else ""
+        raise OSError(error.errno, f"{error.strerror}{more}") from error
 
 
 @contextlib.contextmanager
 def _locked(what: str) -> Iterator[str]:
-    """Nobody else looks, makes or removes there meanwhile: ip-netns(8) and other xenfs take the same lock. The directory is
-    a shared mount, as ip makes it, so that what changes here does so in every mount namespace."""
+    """Nobody else changes the directory meanwhile: ip-netns(8) and other xenfs take the same lock. It is a shared mount, as
+    ip makes it, so that what changes here does so in every mount namespace."""
     with _failing(what):
         os.makedirs(NETNS_DIR, mode=0o755, exist_ok=True)
         directory = os.fsencode(NETNS_DIR)

@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME[=ADDRESS/PREFIX[,...]]",
-        help="make this bridge for the guests' vifs, with these addresses of the host, for as long as it runs",
+        help="make this bridge for the guests' vifs, with these addresses of the host, for as long as it runs; may be "
+        "given several times. Guests with vifs need root",
     )
     up.add_argument("configs", nargs="+", metavar="GUEST.cfg", help="a guest's configuration, xl.cfg(5) syntax")
     demo = commands.add_parser(

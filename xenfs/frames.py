@@ -57,6 +57,7 @@ class Frames:
         self.epoll = select.epoll()
         self.lanes: dict[int, tuple[Driver, int]] = {}  # by descriptor
         self._armed: set[int] = set()
+        self._order: list[int] = []  # descriptors, once there was no time for all: who waits longest comes first
         self._until: trio.CancelScope | None = None  # its deadline is the drivers' next one
 
     def add(self, driver: Driver, descriptors: Iterable[int]) -> None:
@@ -129,8 +130,13 @@ class Frames:
         return True
 
     def _serve(self, ready: list[tuple[int, int]], until: float) -> None:
-        """Poll one lane after another. Those there was no time for come first next time: epoll takes turns."""
-        for fd, events in ready:
+        """Poll one lane after another. Those there was no time for come first next time: as long as all that is ready fits
+        into one answer, epoll has the same order each time."""
+        if self._order:
+            now = dict(ready)
+            ready = [*[(fd, now.pop(fd)) for fd in self._order if fd in now], *now.items()]
+            self._order = []
+        for served, (fd, events) in enumerate(ready, 1):
             entry = self.lanes.get(fd)
             if entry is None:
                 continue  # removed by what came before it
@@ -142,6 +148,7 @@ class Frames:
             elif driver.poll(lane) == BLOCKED:
                 self._disarm(fd)
             if time.perf_counter() > until:
+                self._order = [fd for fd, _ in ready[served:] + ready[:served]]
                 break
 
     def close(self) -> None:

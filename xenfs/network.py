@@ -15,13 +15,14 @@ import os
 import select
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ipaddress import IPv4Interface
 from queue import SimpleQueue
 from typing import NamedTuple
 
 from netdev.announce import gratuitous_arp, unsolicited_na
 from netdev.link import Plug, PortError
-from netdev.netlink import Netlink, NetlinkError, claim_namespace, release_namespace
+from netdev.netlink import Netlink, NetlinkError, NotOursError, claim_namespace, release_namespace
 from netdev.tap import Tap, TapError
 from xenfs.config import GuestConfig
 from xenfs.vifspec import BACKEND_MAC
@@ -43,8 +44,8 @@ class Bridge(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Bridge:
-        name, _, addresses = text.partition("=")
-        return cls(name, tuple(address.strip() for address in addresses.split(",")) if addresses else ())
+        name, given, addresses = text.partition("=")
+        return cls(name, tuple(address.strip() for address in addresses.split(",")) if given else ())
 
 
 class Network:
@@ -57,6 +58,7 @@ class Network:
         self._jobs: SimpleQueue[tuple[Job, Done] | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[Done, object]] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self.left = 0  # things of ours that close() could not remove
         self._namespaces: list[str] = []
         self._bridges: list[str] = []
 
@@ -97,13 +99,17 @@ class Network:
     def wait(self, timeout_s: float) -> None:
         """Until some job is done. For start-up and end, when there is no loop."""
         if self.pending:
-            select.select([self.fd], [], [], timeout_s)
+            poll = select.poll()  # select() knows no descriptor beyond 1023
+            poll.register(self.fd, select.POLLIN)
+            poll.poll(timeout_s * 1000)
 
     # --- for the run -----------------------------------------------------------------------------------------------------
 
     def make_bridges(self, bridges: Sequence[Bridge]) -> None:
         """Those of --bridge, for as long as we live. NetlinkError."""
         for bridge in bridges:
+            if bridge.name in self._bridges:
+                raise NetlinkError(f"--bridge {bridge.name} is given twice")
             self.host.add_bridge(bridge.name, bridge.addresses)
             self._bridges.append(bridge.name)
 
@@ -113,16 +119,16 @@ class Network:
         self._namespaces.append(name)
 
     def remove_namespace(self, name: str) -> None:
-        """One of ours. What fails is said, and tried once more at the end."""
+        """One of ours. What fails is tried once more at the end; if that fails too, close() says so."""
         if name in self._namespaces:
             try:
                 release_namespace(name)
                 self._namespaces.remove(name)
             except NetlinkError as error:
-                log.error("%s", error)
+                log.info("%s; tried again at the end", error)
 
     def close(self) -> None:
-        """Take away what is left. What fails is said, and the rest is still done."""
+        """Take away what is left. What fails is said and counted, and the rest is still done."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(CLOSE_S)
@@ -132,6 +138,7 @@ class Network:
                     release(names.pop())
                 except NetlinkError as error:
                     log.error("%s", error)
+                    self.left += not isinstance(error, NotOursError)
         if self._thread is None or not self._thread.is_alive():
             os.close(self.fd)
 
@@ -180,7 +187,10 @@ class Network:
 
         def job() -> int:
             if not self.host.is_bridge(bridge):
-                raise NetlinkError(
+                with suppress(NetlinkError):
+                    kind = self.host.link(bridge).kind or "a plain interface"
+                    raise PortError(f"{bridge} is no bridge, but {kind}; name another")
+                raise PortError(
                     f"there is no bridge {bridge}; `--bridge {bridge}` makes one for as long as xenfs runs, "
                     f"`ip link add {bridge} type bridge` one that stays"
                 )

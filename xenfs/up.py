@@ -74,6 +74,8 @@ def up(
         raise failure
     if not finished:
         raise HostError("a disk operation has not finished: its outcome is not known")
+    if world.vifs.network.left:
+        raise HostError("not all of it could be taken away from the host's network")
 
 
 async def _serve(world: World, mounted: Mount) -> HostError | None:

@@ -77,11 +77,13 @@ class Vifs:
     def changed(self, guest: str, front: Netfront) -> None:
         """A frontend's link came or went: when it came, say so to the user and to its neighbours."""
         tap = _tap(front)
-        if not front.link_up or tap in self._announcing:  # a backend that flaps costs one job at a time
+        if not front.link_up:
             return
         if self._mtus.get(tap) != front.mtu:  # not each time: a user may have set another one since
             self._mtus[tap] = front.mtu
             self.network.set_mtu(tap, front.mtu)
+        if tap in self._announcing:  # a backend that flaps costs one job at a time
+            return
         where = f" in network namespace {tap.namespace}" if tap.namespace else ""
         bridge = self.toolstack.client.read(f"{front.peer_node}/bridge")
         self.announce(f"{guest} {tap.name}: {front.mac.hex(':')}{where}, bridge {bridge}, connected")

@@ -49,6 +49,7 @@ class XenbusDevice:
         self.peer_domid = Domid(peer_domid)
         self.state = S.Initialising
         self.broken: str | None = None  # why the device was given up
+        self.stopped = False  # its directory may be another device's by now: nothing is written there, or answered
         self.undo = ExitStack()
         self._watch: str | None = None
 
@@ -68,7 +69,8 @@ class XenbusDevice:
         self._watch = self.client.watch(f"{self.peer_node}/state", lambda _path: self.peer_changed())
 
     def stop(self) -> None:
-        """Forget the device without another word in the store (its domain is being destroyed)."""
+        """Forget the device without another word in the store, now or later (its domain is being destroyed)."""
+        self.stopped = True
         if self._watch is not None:
             self.client.unwatch(self._watch)
             self._watch = None
@@ -78,13 +80,14 @@ class XenbusDevice:
         """The peer broke the rules, or we cannot go on: say so in `error`, close this device, and nothing else."""
         if self.broken is None:
             self.broken = str(fault)
-            report_error(self.client, self.domain.domid, self.node, fault)
+            if not self.stopped:
+                report_error(self.client, self.domain.domid, self.node, fault)
             self.switch_state(S.Closing)
         self.finish_closing()
 
     def drained(self) -> None:
         """A busy disconnect() has finished: close, and see whether the device went away meanwhile."""
-        if self.state is S.Closing:
+        if self.stopped or self.state is S.Closing:
             self.finish_closing()
         self.peer_changed()
 
@@ -94,8 +97,10 @@ class XenbusDevice:
             self.switch_state(S.Closed)
 
     def switch_state(self, state: XenbusState) -> None:
-        """One transaction: read `state`, write it if it differs; nothing if the directory is gone."""
+        """One transaction: read `state`, write it if it differs; nothing if the directory is gone, or no longer ours."""
         self.state = state
+        if self.stopped:
+            return
 
         def work(tx: int) -> None:
             if self.client.read(f"{self.node}/state", tx) not in (None, str(int(state))):
@@ -120,6 +125,8 @@ class XenbusDevice:
 
     def peer_changed(self) -> None:
         """The other end said something: look at what it says now (events may have been merged) and answer."""
+        if self.stopped:
+            return
         try:
             action = self.when_peer_is.get(self.peer_state())
             if action is not None:

@@ -3,6 +3,7 @@
     python -m tests.host.hotplug BRIDGE GUEST.cfg...
 Says `ready`, then obeys a line at a time, and answers each with a line when it is done:
     attach DOMID VIFSPEC        detach DOMID DEVID        close DOMID DEVID (by the guest)        open DOMID DEVID
+    queues DOMID DEVID          how many the two ends have agreed on
     count                       what may grow only if something leaks
     quit
 """
@@ -55,7 +56,7 @@ async def obey(world: World, words: list[str]) -> str:
         with trio.fail_after(PATIENCE_S):
             await gone.wait()
         return answer
-    device = front(world, domid, int(words[2])) if what in ("close", "open") else None
+    device = front(world, domid, int(words[2])) if what in ("close", "open", "queues") else None
     if what == "close":
         assert device is not None
         device.close()
@@ -68,6 +69,9 @@ async def obey(world: World, words: list[str]) -> str:
         assert device is not None
         device.switch_state(XenbusState.Initialising)
         return await until(world, domid, int(words[2]), up=True)
+    if what == "queues":
+        assert device is not None
+        return str(len(device.queues))
     assert what == "count", what
     hypervisor, vifs = world.hypervisor, world.vifs
     return f"{len(os.listdir('/proc/self/fd'))} {len(vifs.backs)} {len(vifs.frames.lanes)} {len(hypervisor.domains)}"

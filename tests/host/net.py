@@ -15,7 +15,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -163,13 +163,15 @@ class Net:
         path.write_text(f'name = "{self.names[letter]}"\nmemory = 64\nvif = [ {text} ]\n{more}\n')
         return path
 
-    def serve(self, *configs: Path, bridge: str = BRIDGE, mnt: str = "mnt") -> Served:
-        """`xenfs up` on the host's side, not waited for."""
+    def serve(
+        self, *configs: Path, bridge: str = BRIDGE, mnt: str = "mnt", place: str = "host", prefix: Sequence[str] = ()
+    ) -> Served:
+        """`xenfs up` on the host's side (or in another space), not waited for; `prefix` is a command that starts it."""
         mountpoint = self.host.root / mnt
         mountpoint.mkdir(exist_ok=True)
         options = ["--bridge", bridge] if bridge else []
         xenfs = [sys.executable, "-m", "xenfs", "up", "--mount", str(mountpoint), *options, *map(str, configs)]
-        return Served(self.host, mountpoint, ["setpriv", "--pdeathsig", "KILL", *self.enter("host"), *xenfs])
+        return Served(self.host, mountpoint, ["setpriv", "--pdeathsig", "KILL", *self.enter(place), *prefix, *xenfs])
 
     def up(self, *configs: Path, bridge: str = BRIDGE) -> Served:
         return self.serve(*configs, bridge=bridge).wait_ready()
@@ -234,6 +236,38 @@ class Net:
         """inspect/vif/NAME, by the first word of each line."""
         text = self.host.read(server.mnt / "domains" / self.names[letter] / "inspect/vif" / name)
         return dict(line.split(" ", 1) for line in text.splitlines())
+
+
+class Plugged:
+    """tests/host/hotplug.py on the host's side."""
+
+    def __init__(self, net: Net, *letters: str) -> None:
+        configs = [net.config(letter) for letter in letters]
+        words = [sys.executable, "-m", "tests.host.hotplug", BRIDGE, *configs]
+        self.process: Popen[str] = net.start("host", "setpriv", "--pdeathsig", "KILL", *words)
+        self.net = net
+        assert read_line(self.process) == "ready"
+
+    def ask(self, line: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return read_line(self.process)
+
+    def end(self) -> None:
+        done = self.net.host.finish(self.process)  # which closes its input
+        assert (done.returncode, done.stdout) == (0, "")
+        assert self.net.left() == []
+
+
+def crossed(net: Net, place: str, name: str, half: str = "rx") -> int:
+    return int(net.link(place, name)["stats64"][half]["bytes"])
+
+
+def wait_flowing(net: Net, name: str, half: str = "rx") -> None:
+    """Until more than a handshake has gone through the interface on the host's side."""
+    before = crossed(net, "host", name, half)
+    wait_until(lambda: crossed(net, "host", name, half) > before + 10 * MIB, f"{name} to move 10 MiB")
 
 
 def packets(counts: str) -> int:

@@ -1,6 +1,6 @@
-"""Goal: interfaces come, go and break without harm to anything else; every start that cannot be says so in one line; and
-nothing is left on the host, however it ends.
-Method: the real command, killed, stopped and refused at all stages; links taken down and vifs detached under TCP flows."""
+"""Goal: links go down without harm to anything else; every start that cannot be says so in one line; and nothing is left on
+the host, however it ends.
+Method: the real command, killed, stopped and refused at all stages; links taken down under TCP flows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from subprocess import Popen
 
 import pytest
 
 from netdev.netlink import namespaces
-from tests.host.net import BRIDGE, GIB, HOST4, HOST6, MIB, Flow, Net, address4, address6, packets, read_line, wait_until
+from tests.host.net import BRIDGE, GIB, HOST4, MIB, Net, address4, address6, packets, read_line, wait_flowing, wait_until
 from tests.host.served import Host, Served, mounts_at
 from tests.host.test_flush import switches
 
@@ -28,16 +27,6 @@ def net(host: Host) -> Iterator[Net]:
         yield made
 
 
-def crossed(net: Net, place: str, name: str, half: str = "rx") -> int:
-    return int(net.link(place, name)["stats64"][half]["bytes"])
-
-
-def wait_flowing(net: Net, name: str, half: str = "rx") -> None:
-    """Until more than a handshake has gone through the interface on the host's side."""
-    before = crossed(net, "host", name, half)
-    wait_until(lambda: crossed(net, "host", name, half) > before + 10 * MIB, f"{name} to move 10 MiB")
-
-
 # ---- links ----
 
 
@@ -47,6 +36,7 @@ def test_down_and_up(net, place, name):
     the other guest does not notice.  Method: three times while TCP flows in both directions; another guest's flow."""
     server = net.guests("ab")
     flows = [net.flow("a", "host", HOST4, GIB), net.flow("host", "a", address4("a"), GIB)]
+    wait_flowing(net, "vif1.0", "tx")  # while the bridge is down nobody on the host could connect
     for _ in range(3):
         wait_flowing(net, "vif1.0")
         net.ip(place, "link", "set", name, "down")
@@ -59,101 +49,6 @@ def test_down_and_up(net, place, name):
     net.ping("a", HOST4)
     net.check_sums("host", "a", "b")
     net.stop(server)
-
-
-def test_deleted_by_somebody_else(net):
-    """Goal: who deletes our interface cuts its vif off, which is said once; others go on, and the end is clean.
-    Method: ip link delete of the host's side under a flow, then of a guest's."""
-    server = net.guests("abc")
-    flow = net.flow("a", "host", HOST4, 100 * GIB)
-    wait_flowing(net, "vif1.0")
-    net.ip("host", "link", "delete", "vif1.0")
-    net.ip("b", "link", "delete", "xn0")
-    net.transfer("c", "host", HOST4, 64 * MIB)
-    flow.stop()
-    wait_until(lambda: server.stderr().count("deleted by somebody else") == 2, "what it says of that")
-    before = switches(server.process.pid)
-    time.sleep(0.5)
-    assert sum(switches(server.process.pid).values()) - sum(before.values()) < 50, "a dead descriptor is always ready"
-    said = server.stderr()
-    server.process.terminate()
-    assert (server.wait(), server.stderr(), net.left()) == (0, said, [])
-
-
-# ---- hot-plug ----
-
-
-class Plugged:
-    """tests/host/hotplug.py on the host's side."""
-
-    def __init__(self, net: Net, *letters: str) -> None:
-        configs = [net.config(letter) for letter in letters]
-        words = [sys.executable, "-m", "tests.host.hotplug", BRIDGE, *configs]
-        self.process: Popen[str] = net.start("host", "setpriv", "--pdeathsig", "KILL", *words)
-        self.net = net
-        assert read_line(self.process) == "ready"
-
-    def ask(self, line: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return read_line(self.process)
-
-    def end(self) -> None:
-        done = self.net.host.finish(self.process)  # which closes its input
-        assert (done.returncode, done.stdout) == (0, "")
-        assert self.net.left() == []
-
-
-def test_detach_while_traffic_flows(net):
-    """Goal: a vif that the toolstack takes away vanishes at both ends, whatever is in its rings, and others go on.
-    Method: flows both ways through one guest's interface, detached; a flow of another guest ends well meanwhile."""
-    host = Plugged(net, "a", "b")
-    cut: list[Flow] = [net.flow("a", "host", HOST4, 100 * GIB), net.flow("host", "a", address4("a"), 100 * GIB)]
-    other = net.flow("b", "host", HOST4, 256 * MIB)
-    wait_flowing(net, "vif1.0")
-    assert host.ask("detach 1 0") == "done"
-    assert "xn0" not in net.ip("a", "link") and "vif1.0" not in net.spaces["host"].names()
-    other.finish()
-    for flow in cut:
-        flow.stop()
-    assert host.ask(f"attach 1 ip={address4('a')}/24 {address6('a')}/64") == "done"
-    for to in (HOST4, HOST6):
-        net.ping("a", to)
-    net.transfer("a", "b", address4("b"), 16 * MIB)
-    host.end()
-
-
-def test_close_and_open_while_traffic_flows(net):
-    """Goal: a guest that closes its device and opens it again keeps its interface, which has no carrier meanwhile, and
-    its flows go on.  Method: twice under TCP in both directions."""
-    host = Plugged(net, "a")
-    flows = [net.flow("a", "host", HOST4, GIB), net.flow("host", "a", address4("a"), GIB)]
-    for _ in range(2):
-        wait_flowing(net, "vif1.0")
-        assert host.ask("close 1 0") == "done"
-        assert "NO-CARRIER" in net.link("a", "xn0")["flags"]
-        assert all(flow.client.poll() is None for flow in flows), "they are still under way"
-        assert host.ask("open 1 0") == "done"
-    for flow in flows:
-        flow.finish()
-    host.end()
-
-
-def test_many_times(net):
-    """Goal: plugging in and out leaks nothing.  Method: 30 times with one to four queues; descriptors, backends and lanes
-    are counted, and names in the namespaces."""
-    host = Plugged(net, "a")
-    host.ask("attach 1 ")
-    host.ask("detach 1 1")
-    before = host.ask("count")
-    for number in range(30):
-        assert host.ask(f"attach 1 queues={number % 4 + 1}") == "done"
-        assert host.ask("detach 1 1") == "done"
-    assert host.ask("count") == before
-    assert set(net.spaces["host"].names()) == {"lo", "xenbr0", "vif1.0"}
-    net.ping("a", HOST4)
-    host.end()
 
 
 # ---- starts that cannot be ----
@@ -169,7 +64,7 @@ def test_no_bridge(net):
     assert line.startswith(f"xenfs: {net.names['b']}: vif 0: there is no bridge nothere; ")
     assert net.left() == []
     net.spaces["host"].plain("plain")
-    assert "no bridge plain" in net.refused(net.config("a", "bridge=plain"), bridge="")
+    assert "plain is no bridge, but tun" in net.refused(net.config("a", "bridge=plain"), bridge="")
     assert net.left() == ["plain"]
 
 

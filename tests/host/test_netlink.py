@@ -1,5 +1,5 @@
-"""Goal: bridges, addresses and namespaces become what was asked for, what a killed run left behind is taken over, what is
-somebody else's is never touched, and every failure names the interface and the namespace.
+"""Goal: bridges and addresses become what was asked for, what a killed run left behind is taken over, what is somebody
+else's is never touched, and every failure names the interface and the namespace. (Namespaces: test_net_spaces.py.)
 Method: real ones, in network namespaces of their own, looked at with ip(8). Nothing has a way to the machine's network."""
 
 from __future__ import annotations
@@ -278,68 +278,7 @@ def test_threads(space):
     assert space.names() == {"lo"}
 
 
-# ---- namespaces ----
-
-
-def test_namespace(name):
-    """Goal: as `ip netns add`, with lo up; there is one of each; removed twice is no error; the caller stays where it is.
-    Method: ip(8); nothing_left."""
-    netlink.create_namespace(name)
-    assert name in netlink.namespaces()
-    assert name in run("ip", "netns", "list").split()
-    assert run("ip", "netns", "exec", name, "readlink", "/proc/self/ns/net").strip() != os.readlink(OWN_NETNS)
-    (lo,) = json.loads(run("ip", "-n", name, "-j", "link"))
-    assert {"UP", "LOOPBACK"} <= set(lo["flags"])
-    with refused(f"create network namespace '{name}'", "it exists"):
-        netlink.create_namespace(name)
-    host = Netlink(name)
-    assert host.link("lo").up
-    netlink.remove_namespace(name)
-    netlink.remove_namespace(name)
-    assert name not in netlink.namespaces()
-    with refused(f"cannot make bridge 'xenbr0': no network namespace '{name}'; `ip netns add` makes one"):
-        host.add_bridge("xenbr0")
-    Path("/run/netns", name).touch()  # as a killed run may leave it
-    with refused(f"cannot enter network namespace '{name}': it is none, but a file"):
-        netlink.claim_namespace(name)
-    netlink.remove_namespace(name)
-    assert name not in netlink.namespaces()
-
-
-@pytest.mark.parametrize("bad", ["", ".", "..", "a/b", "../a", "a\0b"])
-def test_names_of_namespaces(bad):
-    """Goal: nothing outside /run/netns is ever made, entered or removed.  Method: such names, in every function."""
-    for call in (Netlink, netlink.create_namespace, netlink.remove_namespace, netlink.claim_namespace):
-        with refused(f"{bad!r} is not a name of a network namespace"):
-            call(bad)
-
-
-CLAIM = "import sys\nfrom netdev.netlink import *\nclaim_namespace(sys.argv[1])\nprint(1, flush=True)\ninput()"
-
-
-def test_claim(name, space):
-    """Goal: a namespace is claimed if there is none, or one whose maker is dead; not if its maker lives, be it another or
-    we, nor if a guest's interface is in it, nor if it is not xenfs's.  Method: a child that claims first and is killed."""
-    # not by `ip netns exec`, for what is mounted in there is not seen outside
-    line = [sys.executable, "-c", CLAIM, name]
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRON) as child:
-        try:
-            assert child.stdout.readline() == b"1\n"
-            with refused(f"'{name}'", f"an xenfs that is running, process {child.pid};"):
-                netlink.claim_namespace(name)
-        finally:
-            child.kill()
-    run("ip", "-n", name, "tuntap", "add", "dev", "xn7", "mode", "tap")
-    with refused(f"'{name}'", "in use: xn7 is in it"):
-        netlink.claim_namespace(name)
-    run("ip", "-n", name, "link", "set", "xn7", "name", "eth0")
-    netlink.claim_namespace(name)
-    assert not Netlink(name).exists("eth0")
-    with refused(f"an xenfs that is running, process {os.getpid()};"):
-        netlink.claim_namespace(name)
-    with refused(f"'{space.name}'", "xenfs has not made it"):
-        netlink.claim_namespace(space.name)
-    assert space.names() == {"lo"}
+# ---- what is missing, and the way back ----
 
 
 FAIL = "import sys\nfrom netdev.netlink import *\ntry:\n    {}\nexcept NetlinkError as error:\n    print(error)\n"

@@ -42,7 +42,7 @@ def drain(network: Network) -> None:
         ("xenbr0", Bridge("xenbr0")),
         ("xenbr0=10.0.0.1/24", Bridge("xenbr0", ("10.0.0.1/24",))),
         ("br=10.0.0.1/24, fd00::1/64", Bridge("br", ("10.0.0.1/24", "fd00::1/64"))),
-        ("br=", Bridge("br")),
+        ("br=", Bridge("br", ("",))),
         ("", Bridge("")),
         ("=1.2.3.4/8", Bridge("", ("1.2.3.4/8",))),
         ("a=b=c", Bridge("a", ("b=c",))),

@@ -124,12 +124,24 @@ def test_gone(site):
 
 
 def test_attached_later(site):
-    """Goal: a vif that the configuration does not know works as well, without addresses.  Method: attach_vif()."""
-    site.create("")
+    """Goal: a vif that the configuration does not know has the addresses and queues of its own specification; so has one
+    that comes after another under the same number.  Method: attach_vif(); detached, and attached anew."""
+    site.create("ip=10.88.0.11/24")
     site.settle()
-    site.world.toolstack.attach_vif(1, None, parse_vif("queues=2"))
+    toolstack, devices = site.world.toolstack, site.world.guests[1].probe.devices
+    toolstack.attach_vif(1, None, parse_vif("queues=2,ip=10.88.0.99/24"))
     site.settle()
-    assert len(site.said) == 2 and site.world.guests[1].probe.devices["/local/domain/1/device/vif/1"].link_up
+    later = devices["/local/domain/1/device/vif/1"]
+    assert len(site.said) == 2 and later.link_up and len(later.queues) == 2
+    assert "10.88.0.99/24" in inside_guest("address", "show", "xn1")
+    for spec, queues in (("queues=3,ip=10.88.0.55/24", 3), ("", 1)):
+        toolstack.detach_vif(1, 0)
+        site.settle()
+        toolstack.attach_vif(1, 0, parse_vif(spec))
+        site.settle()
+        assert len(devices["/local/domain/1/device/vif/0"].queues) == queues
+        shown = inside_guest("address", "show", "xn0")
+        assert "10.88.0.11/" not in shown and ("10.88.0.55/24" in shown) == bool(spec)
 
 
 def test_no_bridge(site):

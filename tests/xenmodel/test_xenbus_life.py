@@ -12,6 +12,7 @@ import pytest
 from tests.xenmodel.bus import Back, Bus, Front
 from xenmodel.public.io.xenbus import XenbusState
 from xenmodel.types import PeerFault
+from xenmodel.xenbus import XenbusDevice
 from xenmodel.xenstore.perms import Access, Perm
 from xenmodel.xenstore.quota import Quota
 
@@ -256,6 +257,44 @@ def test_stop_leaves_no_watch():
     assert bus.trace == []
     front.stop()
     back.stop()
+
+
+LATE: dict[str, Callable[[XenbusDevice], None]] = {
+    "fail": lambda device: device.fail(PeerFault("said too late")),
+    "finish_closing": lambda device: device.finish_closing(),
+    "drained": lambda device: device.drained(),
+    "peer_changed": lambda device: device.peer_changed(),
+    "switch_state": lambda device: device.switch_state(S.Closing),
+}
+
+
+@pytest.mark.parametrize("word", LATE)
+@pytest.mark.parametrize("side", ["front", "back"])
+def test_a_late_word_to_a_driver_that_was_stopped(side: str, word: str):
+    """Goal: a result that comes when its device is gone does nothing to the next one in the same directory.
+    Method: a closed device's driver is stopped, another takes its place and connects; then the old one is told."""
+    bus = Bus()
+    front, back = bus.connected()
+    front.close()
+    bus.settle()
+    old = front if side == "front" else back
+    old.stop()
+    if side == "front":
+        bus.guest_client.write(f"{front.node}/state", int(S.Initialising))
+        front = Front(bus, 0)
+        front.start()
+    else:
+        back = Back(bus, 0)
+        back.start()
+    bus.settle()
+    assert bus.states(front, back) == (S.Connected, S.Connected)
+    bus.trace.clear()
+    LATE[word](old)
+    bus.settle()
+    assert bus.states(front, back) == (S.Connected, S.Connected)
+    assert bus.held() == CONNECTED and not [entry for entry in bus.trace if "disconnect" not in entry]
+    for domid in (0, 7):
+        assert bus.toolstack.directory(f"/local/domain/{domid}/error") == []
 
 
 # --- peers at fault ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from netdev.netback import Netback
 from netdev.netfront import Netfront
 from netdev.statistics import Statistics
 from xenmodel.public.io.ring import REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD
-from xenmodel.ring import BackRing, FrontRing
+from xenmodel.ring import U32, BackRing, FrontRing
 
 Row = tuple[object, ...]
 
@@ -46,7 +46,8 @@ def front_rings(fronts: Iterable[tuple[str, Netfront]]) -> Iterable[Row]:
         for queue in front.queues:
             for half in (queue.tx, queue.rx):
                 kind = "tx" if half is queue.tx else "rx"
-                out = half.ring.size - half.ring.free
+                answered = (half.ring.words[RSP_PROD] - half.ring.rsp_cons) & U32  # and not collected yet
+                out = max(0, half.ring.size - half.ring.free - answered)
                 yield (name, f"front {kind}", queue.number, *_indices(half.ring), out, "", counts(half.statistics))
 
 
