@@ -64,7 +64,6 @@ class Blkback(Backend):
         self.queues: list[Queue] = []
         self.abi: Abi = ABIS["x86_64-abi"]
         self._path_watch: str | None = None
-        self._stopped = False
         self.discard_enabled = False
         self.on_removed: Callable[[], None] | None = None
 
@@ -240,15 +239,7 @@ class Blkback(Backend):
             self.storage = None
         return True
 
-    def drained(self) -> None:
-        """The last request that waited for the storage is answered."""
-        if self._stopped:  # nobody will tell us anything any more
-            self.disconnect()
-        else:
-            super().drained()
-
     def stop(self) -> None:
-        self._stopped = True
         if self._path_watch is not None:
             self.client.unwatch(self._path_watch)
             self._path_watch = None

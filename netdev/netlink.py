@@ -6,8 +6,8 @@ come and go. pyroute2's own way into a namespace (NetNS, netns.create) forks, wh
 so we enter it ourselves, see netdev/tap.py.
 
 What we make carries our mark in its alias (a namespace: the alias of its `lo`): process id and start time of the maker.
-By it a later run knows what a killed one left behind, which is taken over, from what belongs to somebody else, which is
-never touched. Every failure is a NetlinkError which names the interface and the namespace.
+By it a later run knows what a killed one left behind, and may replace, from what is somebody else's and never touched.
+Every failure is a NetlinkError which names the interface and the namespace.
 
 Left out: routes, VLANs, traffic shaping, Open vSwitch.
 """
@@ -219,8 +219,7 @@ class Netlink:
 
     def _parse(self, what: str, text: str) -> Address:
         with contextlib.suppress(ValueError):
-            if "/" in text:  # without it, Python would take /32
-                return ip_interface(text)
+            return ip_interface(text if "/" in text else "")  # without a prefix, Python would take /32
         raise self._error(what, f"{text!r} is no address with prefix, such as 10.0.0.1/24 or fd00::1/64")
 
     def _add_address(self, ip: Any, index: int, address: Address) -> None:
@@ -232,7 +231,7 @@ class Netlink:
 def _failing(what: str, where: str = "") -> Iterator[None]:
     try:
         yield
-    except NamespaceError as error:  # it names the namespace itself
+    except NamespaceError as error:  # which names it
         raise NetlinkError(f"cannot {what}: {error}") from error
     except (Refused, OSError, ValueError) as error:
         denied = getattr(error, "code", None) or getattr(error, "errno", None)
@@ -362,8 +361,7 @@ def _locked(what: str) -> Iterator[str]:
     """Nobody else changes the directory meanwhile: ip-netns(8) and other xenfs take the same lock. It is a shared mount, as
     ip makes it, so that what changes here does so in every mount namespace."""
     with _failing(what):
-        os.makedirs(NETNS_DIR, mode=0o755, exist_ok=True)
-        directory = os.fsencode(NETNS_DIR)
+        os.makedirs(directory := os.fsencode(NETNS_DIR), mode=0o755, exist_ok=True)
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
