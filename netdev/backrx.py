@@ -9,7 +9,7 @@ is moved.
 A guest that posts nothing leaves the frames in the interface's own bounded queue, where the kernel drops and counts. After
 DRAIN_S they are taken out and dropped here; after STALL_S the interface loses its carrier until pages are posted (XSA-392).
 A frontend without feature-rx-notify would never tell us about new pages, so for it nothing waits.
-Invariants: a slot is copied once per batch and only the copy is believed; its grant is looked up within the batch that
+Invariants: only the latest copy of a slot is believed; its grant is looked up within the batch that
 writes to it; a response is put into the slot of its request.
 """
 

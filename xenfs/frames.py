@@ -153,5 +153,3 @@ class Frames:
 
     def close(self) -> None:
         self.epoll.close()
-
-

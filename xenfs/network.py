@@ -180,12 +180,18 @@ class Network:
             if isinstance(result, Exception) and not tap.closed:
                 log.error("%s", result)
 
-        self.submit(lambda: Netlink(tap.namespace).set_link(tap.name, mtu=mtu), done)
+        def job() -> None:
+            if not tap.closed:
+                Netlink(tap.namespace).set_link(tap.name, mtu=mtu)
 
-    def online(self, name: str, bridge: str, mtu: int | None, done: Done) -> None:
+        self.submit(job, done)
+
+    def online(self, tap: Tap, bridge: str, mtu: int | None, done: Done) -> None:
         """vif-bridge: the backend's interface gets the MTU, goes on the bridge, and up. done(the MTU, or an exception)."""
 
         def job() -> int:
+            if tap.closed:  # another may have its name now
+                raise PortError(f"interface {tap.name} is gone")
             if not self.host.is_bridge(bridge):
                 with suppress(NetlinkError):
                     kind = self.host.link(bridge).kind or "a plain interface"
@@ -195,8 +201,8 @@ class Network:
                     f"`ip link add {bridge} type bridge` one that stays"
                 )
             size = self.host.link(bridge).mtu if mtu is None else mtu
-            self.host.set_link(name, mtu=size, gso_max=GSO_MAX_BYTES)
-            self.host.set_link(name, bridge=bridge, up=True)
+            self.host.set_link(tap.name, mtu=size, gso_max=GSO_MAX_BYTES)
+            self.host.set_link(tap.name, bridge=bridge, up=True)
             return size
 
         self.submit(job, done)

@@ -119,7 +119,7 @@ class Vifs:
             else:
                 done(str(result))
 
-        self.network.online(back.name, read(f"{node}/bridge") or "", mtu, plugged)
+        self.network.online(_tap(back), read(f"{node}/bridge") or "", mtu, plugged)
 
 
 def _tap(device: Netfront | Netback) -> Tap:

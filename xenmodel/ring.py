@@ -35,7 +35,6 @@ class _Ring:
         """Where the slot of a (free-running) index begins in `view`."""
         return SRING_HEADER_SIZE + (index & self.mask) * self.slot_size
 
-
     def copy_out(self, index: int, count: int) -> bytes:
         """A copy of `count` slots from a (free-running) index on, in one piece (XSA-155: look at the copy only)."""
         view, size, first = self.view, self.slot_size, index & self.mask
