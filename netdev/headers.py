@@ -1,7 +1,8 @@
 """headers.py: where a frame's network and transport headers are. Pure: bytes in, numbers out.
 
 Called by netback and netfront for frames with a blank checksum or to be segmented, by netdev/checksum.py, segment.py and
-toeplitz.py for any, and to choose a queue (`flow_hash`). Callers pass the first HEAD_BYTES of a frame, or all of it.
+toeplitz.py for any, and by the in-memory ports to choose a queue (`flow_hash`; a TAP's kernel has a hash of its own).
+Callers pass the first HEAD_BYTES of a frame, or all of it.
 Nothing here raises, whatever the bytes are; what cannot be told is None.
 Left out: tunnels (the outer headers count), AH and ESP, fragments (no fragment has a checksum of its own), and IPv6
 routing headers with segments left (the pseudo-header then has an address that is not in the fixed header).

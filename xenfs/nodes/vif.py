@@ -1,4 +1,5 @@
-"""vif.py: what inspect/ shows of a vif: the agreement of its two ends, its rings, and what crossed or was dropped."""
+"""vif.py: what inspect/ shows of a vif: what its frontend agreed on with the backend, the rings of both, and what crossed
+or was dropped."""
 
 from __future__ import annotations
 
