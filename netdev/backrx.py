@@ -358,7 +358,8 @@ class BackRx:
             count += 1
         if count:
             self.statistics.drop("the guest posts no pages", count)
-            if now - self.blocked_at >= STALL_S and not self.stalled:
+            # a frontend that never tells us about pages could not end a stall: no frame would make us look
+            if self.takes.notify and now - self.blocked_at >= STALL_S and not self.stalled:
                 self.stalled = True
                 self.back.stall_changed()
         return MORE if size else IDLE

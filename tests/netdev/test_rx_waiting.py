@@ -112,3 +112,17 @@ def test_bad_pages_are_answered_though_the_frame_is_dropped(back: RxBack, good: 
     loop(back, numbered(60, 2))
     assert back.frames() == [numbered(60, 1), numbered(60, 2)]
     assert back.rx.statistics.bad_pages == bad
+
+
+def test_a_guest_that_never_tells_is_never_stalled() -> None:
+    """Goal: without feature-rx-notify the carrier stays: no frame would come, nothing would look at the ring again, and the
+    guest says nothing when it posts pages.  Method: two frames a stall apart are lost, then pages, untold; one arrives."""
+    back = RxBack(notify=False)
+    assert loop(back, numbered(100)) == IDLE
+    back.now += STALL_S + 1
+    assert loop(back, numbered(100)) == IDLE
+    assert not back.rx.stalled and back.rx.deadline is None
+    back.post(2 * NEED, tell=False)
+    loop(back, numbered(100, 1))
+    assert back.rx.statistics.packets == 1
+    back.close()
