@@ -78,8 +78,8 @@ class Wires(Network):
     def set_mtu(self, tap: Tap, mtu: int) -> None:
         self.asked.append(("mtu", tap.name, mtu))
 
-    def online(self, name: str, bridge: str, mtu: int | None, done: Any) -> None:
-        self.asked.append(("online", name, mtu))
+    def online(self, tap: Tap, bridge: str, mtu: int | None, done: Any) -> None:
+        self.asked.append(("online", tap.name, mtu))
         done(mtu or 1500)
 
     def announcements(self, tap: Tap, done: Any) -> None:
