@@ -5,6 +5,7 @@ Method: real ones, in network namespaces of their own, looked at with ip(8). Not
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -93,8 +94,10 @@ def space() -> Iterator[Space]:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
+    gc.collect()  # what earlier tests left to the collector would otherwise close its files during this one
     before = state()
     yield
+    gc.collect()
     assert state() == before
 
 
