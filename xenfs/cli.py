@@ -50,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
         help="make this bridge for the guests' vifs, with these addresses of the host, for as long as it runs; may be "
         "given several times. Guests with vifs need root",
     )
+    up.add_argument(
+        "--xenstored-socket",
+        metavar="PATH",
+        help="where xenstored listens, for XENSTORED_PATH (default: DIR.xenstored); a program that knows only the built-in "
+        "path finds it at /run/xenstored/socket",
+    )
     up.add_argument("configs", nargs="+", metavar="GUEST.cfg", help="a guest's configuration, xl.cfg(5) syntax")
     demo = commands.add_parser(
         "demo",
@@ -78,6 +84,7 @@ def _run(argv: Sequence[str] | None) -> int:
     from netdev.netlink import NetlinkError
     from xenfs.fuse.mount import MountError
     from xenfs.host import HostError
+    from xenfs.storesocket import SocketError
 
     try:
         if options.command == "up":
@@ -85,12 +92,12 @@ def _run(argv: Sequence[str] | None) -> int:
             from xenfs.up import up
 
             bridges = [Bridge.parse(text) for text in options.bridge]
-            up(load_configs(options.configs), options.mount, options.allow_other, bridges)
+            up(load_configs(options.configs), options.mount, options.allow_other, bridges, options.xenstored_socket)
         else:
             from xenfs.demo import demo
 
             return demo(options.keep)
-    except (ConfigError, HostError, MountError, NetlinkError, StorageError) as error:
+    except (ConfigError, HostError, MountError, NetlinkError, SocketError, StorageError) as error:
         print(f"xenfs: {error}", file=sys.stderr)
         return 1
     except OSError as error:

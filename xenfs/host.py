@@ -23,13 +23,14 @@ from netdev.netback import Netback
 from netdev.netfront import Netfront
 from xenfs.config import GuestConfig
 from xenfs.exports import EXPORTS, Export
-from xenfs.fuse.tree import Directory, Link
+from xenfs.fuse.tree import Directory, Link, Node
 from xenfs.nodes import text, vif
 from xenfs.nodes.text import Text
 from xenfs.nodes.xenstore import StoreDirectory, StoreTree
 from xenfs.probe import Probe
 from xenfs.toolstack import Toolstack
 from xenfs.vifs import Vifs
+from xenfs.xenstored import StoreHost
 from xenmodel.domain import Domain
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.public.io.xenbus import XenbusState
@@ -63,14 +64,17 @@ class World:
     def __init__(self, open_storage: Callable[[Backing], Storage] | None = None) -> None:
         self.workers = Workers()
         self.open_storage = open_storage or (lambda backing: Image(backing, self.workers, time.perf_counter))
-        self.hypervisor = Hypervisor()
+        self.hypervisor = Hypervisor(clock=time.monotonic)
+        self.store = StoreHost(self.hypervisor, self.kick)
         self.toolstack = Toolstack(self.hypervisor)
         self.vifs = Vifs(self.toolstack, self.kick, lambda line: self.announce(line))
         self.dom0 = self.toolstack.create_dom0(DOM0_MEMORY_MIB)
         self.guests: dict[int, Guest] = {}
         store = StoreTree(self.hypervisor.store.connect(Domid(0)))
         self.domains = Directory()
-        self.root = Directory({"domains": self.domains, "xenstore": StoreDirectory(store, "/")})
+        self.root = Directory(
+            {"domains": self.domains, "xenstore": StoreDirectory(store, "/"), "dev": Link("domains/0/dev")}
+        )
         self.backends = Probe(self.dom0, self._kernel(Domid(0)), "backend", {
             "vbd": self._make_blkback, "vif": self.vifs.make_back,
         })  # fmt: skip
@@ -125,15 +129,18 @@ class World:
                 "evtchn": Text(lambda: text.evtchn(domain)),
                 "grants": Text(lambda: text.grants(domain)),
                 "rings": Text(lambda: self._rings(domain)),
+                "xenstore": self.store.inspect(domain.domid),
             },
             private=True,
         )
-        children = {
+        children: dict[str, Node] = {
+            "dev": dev,
+            "proc": self.store.device_files(domain.domid, dev),
             "name": Text(lambda: f"{domain.name}\n"),
             "state": Text(lambda: f"{domain.state.value}\n"),
             "inspect": inspect,
         }
-        return Directory({"dev": dev, **children} if domain.domid else dict(children))
+        return Directory(children)
 
     def _added(self, guest: Guest, device: XenbusDevice, dev: Directory, inspect: Directory) -> None:
         if isinstance(device, Netfront):
@@ -286,6 +293,7 @@ class World:
             rest.callback(self.hypervisor.close)
             rest.callback(lambda: finished.append(self.workers.close()))
             rest.callback(self.vifs.close)
+            rest.callback(self.store.close)
             rest.callback(self.hypervisor.settle)
             rest.callback(self.backends.stop)
             for domid in list(self.guests):

@@ -6,8 +6,8 @@ here as far as it is in the store: saying where a disk's image is, or that an in
 is the host's, see `Toolstack.hotplug_vif`.
 
 Invariant: a device has an entry in `_watches` from its attach until its three directories are removed.
-Left out of the tree: nodes of devices that do not exist here yet (console), `store/` (the store has no ring yet) and
-libxl's own bookkeeping below /libxl that nobody but libxl reads.
+Left out of the tree: nodes of devices that do not exist here yet (console) and libxl's own bookkeeping below /libxl that
+nobody but libxl reads.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from xenfs.diskspec import DiskSpec
 from xenfs.vifspec import VifSpec, next_devid
 from xenmodel.domain import Domain
 from xenmodel.hypervisor import Hypervisor
+from xenmodel.public.grant_table import GNTTAB_RESERVED_XENSTORE
 from xenmodel.public.io.xenbus import XenbusState
-from xenmodel.types import Domid
+from xenmodel.types import Domid, Gref
 from xenmodel.xenstore.client import Client
 from xenmodel.xenstore.perms import Access, Perm
 
@@ -64,6 +65,8 @@ class Toolstack:
     def create_dom0(self, memory_mib: int) -> Domain:
         """Domain 0, as xen-init-dom0 leaves it in the store."""
         domain = self.hypervisor.create_domain(memory_mib * PAGES_PER_MIB, "Domain-0", DOM0)
+        page, port = domain.memory.allocate(), domain.events.alloc_unbound(DOM0)
+        self.hypervisor.xenstored.serve_own_domain(domain.memory.run(page), port)
         self.client.write("/tool/xenstored", "")
         self.client.write("/local/domain/0/domid", 0)
         self.client.write("/local/domain/0/name", "Domain-0")
@@ -76,6 +79,9 @@ class Toolstack:
         )
         domid = domain.domid
         self._uuids[domid] = config.uuid
+        # what the domain builder leaves behind: a page and a port for the store, granted with the reserved reference
+        page, port = domain.memory.allocate(), domain.events.alloc_unbound(DOM0)
+        domain.grants.set_entry(Gref(GNTTAB_RESERVED_XENSTORE), DOM0, page)
         self.client.transact(lambda tx: self._write_domain(tx, domid, config))
 
         def memory(tx: int) -> None:
@@ -84,10 +90,12 @@ class Toolstack:
             self.client.write(f"{home}/memory/target", config.memory_mib * KIB_PER_MIB, tx)
             self.client.write(f"{home}/memory/videoram", 0, tx)
             self.client.write(f"{home}/domid", domid, tx)
+            self.client.write(f"{home}/store/port", port, tx)
+            self.client.write(f"{home}/store/ring-ref", page, tx)
             self.client.write(f"{home}/cpu/0/availability", "online", tx)
 
         self.client.transact(memory)
-        self.hypervisor.store.introduce(domid)
+        self.hypervisor.xenstored.introduce(domid, page, port)
         return domain
 
     def _write_domain(self, tx: int, domid: Domid, config: GuestConfig) -> None:

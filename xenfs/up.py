@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
 import trio
 
@@ -24,6 +25,7 @@ from xenfs.fuse.session import Session
 from xenfs.host import HostError, World
 from xenfs.network import Bridge
 from xenfs.nodes.disk import Disk
+from xenfs.storecmd import SOCKET_SUFFIX
 
 log = logging.getLogger("xenfs.up")
 
@@ -40,10 +42,15 @@ def say(line: str) -> None:
 
 
 def up(
-    configs: Sequence[GuestConfig], mountpoint: str, allow_other: bool | None = None, bridges: Sequence[Bridge] = ()
+    configs: Sequence[GuestConfig],
+    mountpoint: str,
+    allow_other: bool | None = None,
+    bridges: Sequence[Bridge] = (),
+    store_socket: str | None = None,
 ) -> None:
-    """Serve `configs` under `mountpoint` until SIGINT or SIGTERM. HostError, MountError or NetlinkError if it cannot be
-    done. `bridges` are made for as long as it lasts."""
+    """Serve `configs` under `mountpoint` until SIGINT or SIGTERM. HostError, MountError, SocketError or NetlinkError if it
+    cannot be done. `bridges` are made for as long as it lasts; xenstored listens at `store_socket`, by default beside the
+    mount."""
     # 5 ms, the default, is how long a disk worker that has finished may wait for the interpreter
     sys.setswitchinterval(0.0005)
     # signals wait until the loop listens: between making a mount and serving it there is no good moment for one.
@@ -62,6 +69,7 @@ def up(
             world.create(config)
             world.settle()
         world.check_connected()
+        world.store.socket.listen(Path(store_socket or os.path.abspath(mountpoint) + SOCKET_SUFFIX))
         everyone = os.geteuid() == 0 if allow_other is None else allow_other
         mounted = mount(mountpoint, fsname="xenfs", allow_other=everyone)
         try:
@@ -91,6 +99,8 @@ async def _serve(world: World, mounted: Mount) -> HostError | None:
             nursery.start_soon(world.reap_workers)
             nursery.start_soon(world.reap_network)
             nursery.start_soon(world.vifs.frames.run)
+            nursery.start_soon(world.store.socket.run)
+            nursery.start_soon(world.store.run_timers)
             nursery.start_soon(_obey, signals, world, stop)
             say("ready")
             await stop.wait()

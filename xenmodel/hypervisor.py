@@ -19,6 +19,7 @@ from xenmodel.public.sched import SHUTDOWN_poweroff
 from xenmodel.public.xen import DOMID_FIRST_RESERVED, VIRQ_DOM_EXC
 from xenmodel.types import Domid
 from xenmodel.xenstore.connection import Connection
+from xenmodel.xenstore.daemon import Xenstored
 from xenmodel.xenstore.quota import Quota
 from xenmodel.xenstore.store import Store
 
@@ -28,12 +29,16 @@ Choose = Callable[[int], int]
 
 
 class Hypervisor:
-    """`order(n)` picks which of n candidates runs next; None is first come, first served."""
+    """`order(n)` picks which of n candidates runs next; None is first come, first served. `clock` is xenstored's."""
 
-    def __init__(self, order: Choose | None = None, quota: Quota | None = None) -> None:
+    def __init__(
+        self, order: Choose | None = None, quota: Quota | None = None, clock: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self.order = order
         self.domains: dict[int, Domain] = {}
-        self.store = Store(quota or Quota(), wake=self._queue_connection)
+        exists = self.domains.__contains__
+        self.store = Store(quota or Quota(), self._queue_connection, clock, lambda domid: domid == 0 or exists(domid))
+        self.xenstored = Xenstored(self, self.store)
         self._due: deque[EventChannels | Connection] = deque()
         self._deferred: deque[Callable[[], None]] = deque()
         self._next_domid = 0
@@ -54,12 +59,14 @@ class Hypervisor:
         self._next_domid = (domid + 1) % DOMID_FIRST_RESERVED
         domain = Domain(self, Domid(domid), pages, name, max_grant_frames)
         self.domains[domid] = domain
+        self.store.created(domain.domid)
         return domain
 
     def shutdown_domain(self, domid: int, reason: int = SHUTDOWN_poweroff) -> None:
         """The domain stops running; the toolstack learns it through VIRQ_DOM_EXC and destroys it."""
         domain = self.domains[domid]
         domain.state, domain.shutdown_reason = DomainState.SHUTDOWN, reason
+        self.store.shutdown(domain.domid)
         self._tell_dom0()
 
     def destroy_domain(self, domid: int) -> None:
@@ -71,7 +78,7 @@ class Hypervisor:
         del self.domains[domid]
         if domain.events in self._due:
             self._due.remove(domain.events)
-        self.store.release(Domid(domid))
+        self.xenstored.release(Domid(domid))
         domain.memory.close()
         self._tell_dom0()
 

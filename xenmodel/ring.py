@@ -182,3 +182,47 @@ class BackRing(_Ring):
         """Ask to be told when `count` requests wait, for less is of no use; then look once more."""
         self.words[REQ_EVENT] = (self.req_cons + count) & U32
         return self.requests()
+
+
+class BytePipe:
+    """One direction of a ring of bytes: io/console.h, io/xs_wire.h. Which end we are, our caller knows.
+
+    `data` is the ring, its size a power of two; `words[cons]` and `words[prod]` are the shared indices.
+    """
+
+    __slots__ = ("_cons", "_prod", "data", "size", "words")
+
+    def __init__(self, data: memoryview, words: memoryview, cons: int, prod: int) -> None:
+        self.data, self.words = data, words
+        self.size = len(data)
+        self._cons, self._prod = cons, prod
+
+    def waiting(self) -> int:
+        """Bytes to read. PeerFault if the indices are further apart than the ring is long."""
+        waiting = (self.words[self._prod] - self.words[self._cons]) & U32
+        if waiting > self.size:
+            raise PeerFault(f"the producer is {waiting} bytes ahead of the consumer in a ring of {self.size}")
+        return waiting
+
+    def read(self) -> bytes:
+        """Take all that waits."""
+        cons, count = self.words[self._cons], self.waiting()
+        at = cons & (self.size - 1)
+        data = bytes(self.data[at : at + count])
+        if len(data) < count:
+            data += bytes(self.data[: count - len(data)])
+        self.words[self._cons] = (cons + count) & U32
+        return data
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Put as much of `data` as fits; how much that was."""
+        prod, count = self.words[self._prod], min(len(data), self.size - self.waiting())
+        at = prod & (self.size - 1)
+        here = min(count, self.size - at)
+        self.data[at : at + here] = data[:here]
+        self.data[: count - here] = data[here:count]
+        self.words[self._prod] = (prod + count) & U32
+        return count
+
+    def reset(self) -> None:
+        self.words[self._cons] = self.words[self._prod] = 0

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from xenmodel.public.io.xs_wire import XENSTORE_PAYLOAD_MAX
 from xenmodel.types import Domid
 from xenmodel.xenstore import path as paths
+from xenmodel.xenstore.domain import DomainRecord
 from xenmodel.xenstore.errors import XsErrno, XsError, shown
 from xenmodel.xenstore.perms import CONTROL_DOMAIN, MAY_READ, Perm
-from xenmodel.xenstore.quota import exceeds
+from xenmodel.xenstore.quota import Quota
 from xenmodel.xenstore.transaction import Direct, Transaction, View
 from xenmodel.xenstore.watch import EventQueue, Watch
 
@@ -31,18 +32,37 @@ _TX_MAX = 0xFFFFFFFF  # transaction numbers are uint32_t
 
 
 class Connection:
-    """`on_event(path, token)` is the client's; without it events stay queued."""
+    """`on_event(path, token)` is the client's; without it events stay queued. `on_turn` is called when dispatch() begins."""
 
-    def __init__(self, store: Store, domid: Domid) -> None:
-        self.domid = domid
+    def __init__(self, store: Store, record: DomainRecord) -> None:
+        self.domid = record.domid
+        self.record = record
         self.closed = False
         self.on_event: Callable[[str, str], None] | None = None
+        self.on_turn: Callable[[], None] | None = None
         self.watches: dict[tuple[str, str], Watch] = {}  # by canonical path and token
         self.transactions: dict[int, Transaction] = {}
         self._store = store
+        self._domains = store.domains
         self._events = EventQueue()
+        self._watch_bytes = 0
         self._next_tx = 1
         self._dispatching = False
+
+    @property
+    def limits(self) -> Quota:
+        return self._domains.limits(self.domid)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that this connection counts for with its domain's quota, beside the domain's nodes."""
+        transactions = sum(transaction.memory for transaction in self.transactions.values())
+        return self._watch_bytes + self._events.memory + transactions
+
+    def refusal(self, quota: str, what: str) -> XsError:
+        """The error for a limit that is in the way, counted."""
+        self.record.refuse(quota, what)
+        return XsError(XsErrno.ENOSPC, what, quota)
 
     # --- nodes ----------------------------------------------------------------------------------------------
 
@@ -66,6 +86,10 @@ class Connection:
         """Names of the children in the order of their creation."""
         return list(self._store.get_node(self._view(tx), self.domid, self._path(path)).children)
 
+    def names(self, path: str, tx: int = 0) -> bytes:
+        """The same as DIRECTORY sends it: each with a NUL."""
+        return self._store.get_node(self._view(tx), self.domid, self._path(path)).names()
+
     def directory_part(self, path: str, offset: int, tx: int = 0) -> tuple[int, bytes]:
         """The node's generation and what follows it in the reply.
 
@@ -75,7 +99,7 @@ class Connection:
         node = self._store.get_node(self._view(tx), self.domid, self._path(path))
         if offset < 0:
             raise XsError(XsErrno.EINVAL, f"{offset} is not an offset into a list of names")
-        rest = b"".join(b"%s\0" % name.encode("ascii") for name in node.children)[offset:]
+        rest = node.names()[offset:]
         room = XENSTORE_PAYLOAD_MAX - len(str(node.generation)) - 1
         if len(rest) < room:
             return node.generation, rest + b"\0"
@@ -93,18 +117,15 @@ class Connection:
 
     def transaction_start(self) -> int:
         self._check_open()
-        quota = self._store.quota
-        if self.domid != CONTROL_DOMAIN:
-            if exceeds(self._store.usage(self.domid).transactions + 1, quota.transactions):
-                raise XsError(XsErrno.ENOSPC, f"domain {self.domid} has {quota.transactions} transactions open")
-            node_limit = quota.transaction_nodes
-        else:
-            node_limit = 0
+        limits = self.limits
+        if limits.transactions and self._domains.usage(self.domid).transactions >= limits.transactions:
+            raise self.refusal("transactions", f"domain {self.domid} has {limits.transactions} transactions open")
         tx = self._next_tx
         while tx in self.transactions:
             tx = tx % _TX_MAX + 1
         self._next_tx = tx % _TX_MAX + 1
-        self.transactions[tx] = self._store.tree.begin(node_limit)
+        self.transactions[tx] = Transaction(self._store.tree, limits.transaction_nodes)
+        self._store.open_transactions += 1
         return tx
 
     def transaction_end(self, tx: int, commit: bool) -> None:
@@ -113,10 +134,16 @@ class Connection:
         transaction = self.transactions.pop(tx, None)
         if transaction is None:
             raise _no_transaction(tx)
-        if commit:
-            self._store.commit(transaction, self.domid)
-        else:
-            self._store.tree.end(transaction)
+        try:
+            if commit:
+                self._store.commit(transaction, self.domid)
+        finally:
+            self._store.open_transactions -= 1
+
+    def abort_all(self) -> None:
+        """Every open transaction ends, uncommitted."""
+        self._store.open_transactions -= len(self.transactions)
+        self.transactions.clear()
 
     # --- watches --------------------------------------------------------------------------------------------
 
@@ -127,25 +154,28 @@ class Connection:
         if "\0" in token or (depth is not None and depth < 0):
             raise XsError(XsErrno.EINVAL, f"token {shown(token)} or depth {depth} makes no watch")
         prefix_length = len(paths.home(self.domid)) + 1 if paths.is_relative(path) else 0
-        watch = Watch(self, name, token, depth, prefix_length)
+        watch = Watch(self, name, token, depth, prefix_length, self._store.next_order())
         if not watch.fits(name):
             raise XsError(XsErrno.E2BIG, f"no event has room for a token of {len(token)} characters on {name}")
         if (name, token) in self.watches:
             raise XsError(XsErrno.EEXIST, f"{name} is watched with token {shown(token)} already")
-        limit = self._store.quota.watches
-        if self.domid != CONTROL_DOMAIN and exceeds(self._store.usage(self.domid).watches + 1, limit):
+        limit = self.limits.watches
+        if limit and self._domains.usage(self.domid).watches >= limit:
             # Older daemons answered E2BIG here.
-            raise XsError(XsErrno.ENOSPC, f"domain {self.domid} has {limit} watches")
+            raise self.refusal("watches", f"domain {self.domid} has {limit} watches")
+        self._domains.check_memory(self.domid, len(name) + len(token), f"a watch of {name}")
+        self._watch_bytes += len(name) + len(token)
         self.watches[name, token] = watch
         self._store.watches.add(watch)
         self.queue_event(watch, name)
 
     def unwatch(self, path: str, token: str) -> None:
+        """ENOENT also for what could not be the path of a watch."""
         self._check_open()
-        name = self._path(path, special=True)
+        name = f"{paths.home(self.domid)}/{path}" if paths.is_relative(path) else path
         watch = self.watches.pop((name, token), None)
         if watch is None:
-            raise XsError(XsErrno.ENOENT, f"{name} is not watched with token {shown(token)}")
+            raise XsError(XsErrno.ENOENT, f"{shown(name)} is not watched with token {shown(token)}")
         self._forget(watch)
 
     def reset_watches(self) -> None:
@@ -174,9 +204,17 @@ class Connection:
     def queue_event(self, watch: Watch, path: str) -> None:
         """Called by the store. While dispatch() runs its result tells the loop, otherwise `wake` does."""
         was_idle = not self._events
-        self._events.push(watch, path)
-        if was_idle and not self._dispatching:
-            self._store.notify(self)
+        self._events.push(watch, path, self._store.clock(), self._store.cause)
+        if was_idle:
+            if self.limits.watches:  # a domain's: nobody pays for its events for ever
+                self._store.expire_events(self)
+            if not self._dispatching:
+                self._store.notify(self)
+
+    def expire(self, before: float) -> float | None:
+        """Drop the events nobody has taken since `before`; since when the oldest of the others waits."""
+        self._events.expire(before)
+        return self._events.oldest()
 
     def dispatch(self, budget: int = 1) -> bool:
         """Deliver at most `budget` events; True if more are queued. on_event may call anything, also close().
@@ -188,6 +226,8 @@ class Connection:
             return False
         self._dispatching = True
         try:
+            if self.on_turn is not None:
+                self.on_turn()
             for _ in range(budget):
                 event = None if self.on_event is None else self._events.pop()
                 if event is None or self.on_event is None:
@@ -221,8 +261,7 @@ class Connection:
         return transaction
 
     def _path(self, path: str, special: bool = False) -> str:
-        path_max = self._store.quota.path_max if self.domid != CONTROL_DOMAIN else 0
-        return paths.canonical(path, self.domid, path_max, special)
+        return paths.canonical(path, self.domid, self.limits.path_max, special)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -232,11 +271,10 @@ class Connection:
         for watch in self.watches.values():
             self._forget(watch)
         self.watches.clear()
-        for transaction in self.transactions.values():
-            self._store.tree.end(transaction)
-        self.transactions.clear()
+        self.abort_all()
 
     def _forget(self, watch: Watch) -> None:
+        self._watch_bytes -= len(watch.path) + len(watch.token)
         self._store.watches.remove(watch)
         self._events.forget(watch)
 

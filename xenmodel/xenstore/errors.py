@@ -31,12 +31,16 @@ class XsErrno(enum.Enum):
 
 
 class XsError(Exception):
-    """A request was refused: `errno` for the caller's program, `what` for the person who reads the log."""
+    """A request was refused: `errno` for the caller's program, `what` for the person who reads the log.
 
-    def __init__(self, errno: XsErrno, what: str) -> None:
+    `quota` names the limit that was in the way, if one was.
+    """
+
+    def __init__(self, errno: XsErrno, what: str, quota: str = "") -> None:
         super().__init__(errno, what)
         self.errno = errno
         self.what = what
+        self.quota = quota
 
     def __str__(self) -> str:
         return f"{self.errno.value}: {self.what}"

@@ -8,7 +8,7 @@ bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from xenmodel.public.io.xs_wire import XENSTORE_ABS_PATH_MAX, XENSTORE_REL_PATH_MAX
 from xenmodel.types import Domid
@@ -17,6 +17,7 @@ from xenmodel.xenstore.errors import XsErrno, XsError, shown
 ROOT = "/"
 INTRODUCE_DOMAIN = "@introduceDomain"
 RELEASE_DOMAIN = "@releaseDomain"
+SPECIALS = (INTRODUCE_DOMAIN, RELEASE_DOMAIN)
 
 _VALID = re.compile(r"[A-Za-z0-9/_@-]+")
 _DOMAIN_PREFIX = re.compile(r"/local/domain/[0-9]{1,5}/")
@@ -81,6 +82,16 @@ def lineage(path: str) -> Iterator[str]:
     while path != ROOT:
         path = parent(path)
         yield path
+
+
+def children_first(preorder: Iterable[str]) -> Iterator[str]:
+    """A subtree whose nodes come before their children, in the order in which the daemon removes it."""
+    entered: list[str] = []
+    for path in preorder:
+        while entered and not path.startswith(f"{entered[-1]}/"):
+            yield entered.pop()
+        entered.append(path)
+    yield from reversed(entered)
 
 
 def _invalid(path: str, why: str) -> XsError:

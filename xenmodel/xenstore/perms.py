@@ -1,8 +1,8 @@
 """perms.py: who may do what with a node; docs/misc/xenstore.txt, perm_for_conn() of tools/xenstored/core.c.
 
 The first entry names the owner, who may do everything, and what every domain without an entry of its own
-may do. The control domain may do everything everywhere.
-Left out: SET_TARGET (a stub domain acting for its guest) and DOMID_ANY entries.
+may do. The control domain may do everything everywhere. An entry for DOMID_ANY is one for everybody (Xen 4.22). A domain
+with a target (SET_TARGET: a stub domain) may do what its target may.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from xenmodel.public.xen import DOMID_ANY
 from xenmodel.types import Domid
 from xenmodel.xenstore.errors import XsErrno, XsError, shown
 
@@ -67,11 +68,14 @@ def check_perms(perms: Sequence[Perm]) -> tuple[Perm, ...]:
     return tuple(perms)
 
 
-def granted(perms: Sequence[Perm], domid: Domid) -> int:
-    """The MAY_READ, MAY_WRITE and OWNS bits of a domain. The first entry that names it decides."""
-    if domid in (CONTROL_DOMAIN, perms[0].domid):
+def granted(perms: Sequence[Perm], domid: Domid, target: Domid | None = None) -> int:
+    """The MAY_READ, MAY_WRITE and OWNS bits of a domain. The first entry that names it, or its target, decides."""
+    if domid == CONTROL_DOMAIN:
+        return _ALL
+    owner = perms[0].domid
+    if owner in (domid, DOMID_ANY) or (owner == target and target is not None):
         return _ALL
     for perm in perms[1:]:
-        if perm.domid == domid:
+        if perm.domid in (domid, DOMID_ANY) or (perm.domid == target and target is not None):
             return perm.access.bits
     return perms[0].access.bits

@@ -1,13 +1,11 @@
 """store.py: the rules of xenstored: permissions, quotas, who is told, what a dead domain leaves behind.
 
-After tools/xenstored/core.c and domain.c. Requests arrive from connection.py with a view (transaction.py)
-and a canonical path; the hypervisor and the toolstack call connect(), introduce(), shutdown() and
-release(). Every change is decided before it is made: a request that raises has changed nothing (but within
-a transaction, one that hits a quota spoils the transaction, as in the daemon). Nothing recurses; no cost
-depends on the tree's size, only on depth, on a directory's width where it is listed, and on what is
-removed.
-`wake` is called with a connection that got its first queued event; it may only take note of it.
-Left out: CONTROL, SET_TARGET, RESUME, quotas per domain, write credits.
+After tools/xenstored/core.c and domain.c. Requests arrive from connection.py with a view (transaction.py) and a canonical
+path; daemon.py, for the hypervisor and the toolstack, calls connect(), introduce(), shutdown() and release(). Every change
+is decided before it is made: a request that raises has changed nothing (but within a transaction, one that hits a quota
+spoils the transaction, as in the daemon). Nothing recurses; no cost depends on the tree's size, only on depth, on a
+directory's width where it is listed, and on what is removed.
+`wake` is called with a connection that got its first queued event, or that may go on; it may only take note of it.
 """
 
 from __future__ import annotations
@@ -15,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from xenmodel.public.xen import DOMID_FIRST_RESERVED
+from xenmodel.public.xen import DOMID_ANY, DOMID_FIRST_RESERVED
+from xenmodel.timers import Timers
 from xenmodel.types import Domid
 from xenmodel.xenstore import path as paths
 from xenmodel.xenstore.connection import Connection
+from xenmodel.xenstore.domain import Cause, Domains
 from xenmodel.xenstore.errors import XsErrno, XsError
 from xenmodel.xenstore.perms import (
     CONTROL_DOMAIN,
@@ -28,25 +28,37 @@ from xenmodel.xenstore.perms import (
     Access,
     Perm,
     check_perms,
-    granted,
 )
-from xenmodel.xenstore.quota import DEFAULT_QUOTA, Quota, Usage, exceeds
-from xenmodel.xenstore.transaction import PERM_BYTES, Direct, Node, Transaction, Tree, View
+from xenmodel.xenstore.quota import DEFAULT_QUOTA, Quota, exceeds
+from xenmodel.xenstore.transaction import HEADER_BYTES, PERM_BYTES, Direct, Node, Transaction, Tree, View
 from xenmodel.xenstore.watch import WatchTable
 
 Wake = Callable[[Connection], None]
+EVENT_TIMEOUT_S = 20.0  # a domain that leaves an event unread for so long loses it
 
 
 class Store:
     """The tree, its watches and the domains that use it. A new one holds /tool/xenstored, as in Xen."""
 
-    def __init__(self, quota: Quota = DEFAULT_QUOTA, wake: Wake | None = None) -> None:
-        self.quota = quota
+    def __init__(
+        self,
+        quota: Quota = DEFAULT_QUOTA,
+        wake: Wake | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
+        exists: Callable[[Domid], bool] = lambda domid: True,
+    ) -> None:
         self.tree = Tree()
+        self.domains = Domains(self.tree, quota, clock)
         self.watches = WatchTable()
-        self._connections: dict[Domid, dict[Connection, None]] = {}
-        self._introduced: set[Domid] = {CONTROL_DOMAIN}
+        self.clock = clock
+        self.timers = Timers(clock)
+        self.open_transactions = 0
+        self.cause: Cause | None = None  # the request of a domain that is being served
+        self._exists = exists
+        self.usage = self.domains.usage
+        self._watches_made = 0
         self._wake = wake
+        self.domains.record(CONTROL_DOMAIN).introduced = True
         self.make_directory(Direct(self.tree), CONTROL_DOMAIN, "/tool/xenstored")
 
     # --- domains --------------------------------------------------------------------------------------------
@@ -59,8 +71,8 @@ class Store:
     def wake(self, wake: Wake | None) -> None:
         """Connections that have events already are reported at once: no event waits for the next one."""
         self._wake = wake
-        for connections in list(self._connections.values()):
-            for connection in list(connections):
+        for record in self.domains.all():
+            for connection in list(record.connections):
                 if connection.pending_events:
                     self.notify(connection)
 
@@ -68,54 +80,60 @@ class Store:
         if self._wake is not None:
             self._wake(connection)
 
+    def next_order(self) -> int:
+        self._watches_made += 1
+        return self._watches_made
+
     def connect(self, domid: Domid) -> Connection:
         """A new connection of a domain, introduced or not. Domain 0 is the control domain."""
-        connection = Connection(self, _real_domid(domid))
-        self._connections.setdefault(domid, {})[connection] = None
+        record = self.domains.record(domid)
+        connection = Connection(self, record)
+        record.connections[connection] = None
         return connection
 
     def disconnect(self, connection: Connection) -> None:
         """Called by Connection.close()."""
-        connections = self._connections[connection.domid]
-        del connections[connection]
-        if not connections:
-            del self._connections[connection.domid]
+        connection.record.connections.pop(connection, None)
+
+    def created(self, domid: Domid) -> None:
+        """A new domain exists: what was permitted to its number before is nothing to it."""
+        self.tree.forget_domain(domid)
 
     def introduce(self, domid: Domid) -> None:
         """INTRODUCE: the domain is there and may talk. A second time, or for domain 0, it is no news."""
-        if _real_domid(domid) not in self._introduced:
-            self._introduced.add(domid)
+        record = self.domains.record(domid)
+        if not record.introduced:
+            record.introduced = True
+            self.domains.credit.open(record)
             self._fire_special(paths.INTRODUCE_DOMAIN, domid)
 
     def is_introduced(self, domid: Domid) -> bool:
-        return domid in self._introduced
+        record = self.domains.find(domid)
+        return record is not None and record.introduced
 
     def shutdown(self, domid: Domid) -> None:
-        """The domain shut down or crashed but is not destroyed yet: watchers are told, its nodes stay."""
-        self._fire_special(paths.RELEASE_DOMAIN, _real_domid(domid))
+        """The domain shut down or crashed, but is not destroyed: watchers are told, once until RESUME; its nodes stay."""
+        record = self.domains.record(domid)
+        if record.introduced and not record.shutdown:
+            record.shutdown = True
+            self._fire_special(paths.RELEASE_DOMAIN, domid)
 
     def release(self, domid: Domid) -> None:
-        """The domain is destroyed: its connections close, its nodes go, its permissions die with it."""
-        for connection in list(self._connections.get(_real_domid(domid), ())):
+        """The domain is destroyed, or RELEASEd: its connections close, its nodes go, its permissions die with it."""
+        record = self.domains.record(domid)
+        for connection in list(record.connections):
             connection.close()
         if domid != CONTROL_DOMAIN:
             self._remove_orphans(domid)
             self.tree.forget_domain(domid)
-            self._introduced.discard(domid)
-        self._fire_special(paths.RELEASE_DOMAIN, domid)
+            self.domains.forget(record)
+        if record.introduced:
+            self._fire_special(paths.RELEASE_DOMAIN, domid)
 
-    def connections(self, domid: Domid) -> list[Connection]:
-        return list(self._connections.get(domid, ()))
-
-    def usage(self, domid: Domid) -> Usage:
-        """What a domain holds now, all its connections together."""
-        connections = self._connections.get(domid, {})
-        return Usage(
-            nodes=len(self.tree.owned.get(domid, ())),
-            watches=sum(len(connection.watches) for connection in connections),
-            transactions=sum(len(connection.transactions) for connection in connections),
-            connections=len(connections),
-        )
+    def adopt(self, tree: Tree, watches: WatchTable) -> None:
+        """Go on with another tree and table of the same watches (upkeep.reload)."""
+        self.tree = self.domains.tree = tree
+        self.watches = watches
 
     def dump(self) -> Iterator[tuple[str, bytes, list[Perm]]]:
         """Path, value and permissions of every node: parents first, children as they were created."""
@@ -144,7 +162,10 @@ class Store:
         if node is None:
             self._create(view, domid, path, value)
         else:
-            self._check_size(view, domid, path, node.size() - len(node.value) + len(value))
+            grown = len(value) - len(node.value)
+            self._check_size(view, domid, path, node.size() + grown)
+            self._check_grown(view, domid, path, node, grown)
+            self._debit(view, domid)
             view.change(path, node, value=value)
         view.note(path)
         self._publish(view)
@@ -164,32 +185,39 @@ class Store:
             return
         if path == paths.ROOT:
             raise XsError(XsErrno.EINVAL, "the root cannot be removed")
+        self._debit(view, domid)
         self._remove_subtree(view, path)
         self._publish(view)
 
     def set_perms(self, view: View, domid: Domid, path: str, wanted: list[Perm]) -> None:
         """SET_PERMS: the owner and the control domain may; only the control domain may name another owner."""
         perms = check_perms(wanted)
-        if domid != CONTROL_DOMAIN and exceeds(len(perms), self.quota.node_permissions):
-            self._refuse(view, f"{path} would have more than {self.quota.node_permissions} permissions")
+        limit = self.domains.limits(domid).node_permissions
+        if domid != CONTROL_DOMAIN and exceeds(len(perms), limit):
+            self._refuse(view, domid, "permissions", f"{path} would have {len(perms)} permissions, more than {limit}")
+        if perms[0].domid != DOMID_ANY and not self._exists(perms[0].domid):
+            raise XsError(XsErrno.ENOENT, f"there is no domain {perms[0].domid} to own {path}")
         node = self.get_node(view, domid, path, MAY_WRITE | OWNS)
-        if domid not in (CONTROL_DOMAIN, perms[0].domid):
+        if domid != CONTROL_DOMAIN and perms[0].domid != view.live_perms(node)[0].domid:
             raise XsError(XsErrno.EPERM, f"domain {domid} may not give {path} to domain {perms[0].domid}")
-        size = node.size() + (len(perms) - len(node.perms)) * PERM_BYTES
-        self._check_size(view, domid, path, size)
+        grown = (len(perms) - len(node.perms)) * PERM_BYTES
+        self._check_size(view, domid, path, node.size() + grown)
+        self._check_grown(view, domid, path, node, grown)
+        self._debit(view, domid)
         view.change(path, node, perms=perms)
         view.note(path)
         self._publish(view)
 
     def commit(self, transaction: Transaction, domid: Domid) -> None:
         """TRANSACTION_END T: all of it, or EAGAIN (conflict), ENOSPC (quota), ENOMEM (spoilt earlier)."""
-        self.tree.end(transaction)
         if transaction.failed:
             raise XsError(XsErrno.ENOMEM, "a request in the transaction was refused for want of quota")
-        transaction.check_conflicts()
         if transaction.growth(domid) > 0:
             self._check_nodes(transaction, domid, 0)
+        transaction.check_conflicts()
         transaction.commit()
+        if self.open_transactions > 1:  # the first is this one
+            self.domains.charge(domid)
         self._fire(transaction)
 
     # --- permissions and quotas -----------------------------------------------------------------------------
@@ -201,14 +229,16 @@ class Store:
         is the answer, and so also who may create: one needs MAY_WRITE there.
         """
         node = view.get(path)
-        if node is not None and granted(view.live_perms(node), domid) & wanted == wanted:
+        if node is not None and (
+            domid == CONTROL_DOMAIN or self.domains.granted(view.live_perms(node), domid) & wanted == wanted
+        ):
             return node
         above = path
         closest = None
         while closest is None and above != paths.ROOT:
             above = paths.parent(above)
             closest = view.get(above)
-        if node is not None or closest is None or not granted(view.live_perms(closest), domid) & wanted:
+        if node is not None or closest is None or not self.domains.granted(view.live_perms(closest), domid) & wanted:
             raise XsError(XsErrno.EACCES, f"domain {domid} has not the permission {path} asks for")
         return None
 
@@ -229,6 +259,9 @@ class Store:
             name = paths.name_of(new)
             size = len(name) + 1
         self._check_size(view, domid, above, closest.size() + size)
+        grown = sum(HEADER_BYTES + len(new) + len(perms) * PERM_BYTES for new in missing) + len(value)
+        self._check_memory(view, perms[0].domid, grown, path)
+        self._debit(view, domid)
         view.change_children(above, closest, add=name)
         name = ""
         for new in missing:
@@ -236,17 +269,47 @@ class Store:
             name = paths.name_of(new)
 
     def _check_nodes(self, view: View, domid: Domid, more: int) -> None:
-        count = len(self.tree.owned.get(domid, ())) + view.growth(domid) + more
-        if domid != CONTROL_DOMAIN and exceeds(count, self.quota.nodes):
-            self._refuse(view, f"domain {domid} would own more than {self.quota.nodes} nodes")
+        count, limit = len(self.tree.owned.get(domid, ())) + view.growth(domid) + more, self.domains.limits(domid).nodes
+        if domid != CONTROL_DOMAIN and exceeds(count, limit):
+            self._refuse(view, domid, "nodes", f"domain {domid} would own {count} nodes, more than {limit}")
 
     def _check_size(self, view: View, domid: Domid, path: str, size: int) -> None:
-        if domid != CONTROL_DOMAIN and exceeds(size, self.quota.node_size):
-            self._refuse(view, f"{path} would be larger than {self.quota.node_size} bytes")
+        if domid != CONTROL_DOMAIN:
+            limit = self.domains.limits(domid).node_size
+            if exceeds(size, limit):
+                self._refuse(view, domid, "node-size", f"{path} would have {size} bytes, more than {limit}")
 
-    def _refuse(self, view: View, what: str) -> NoReturn:
+    def _check_grown(self, view: View, domid: Domid, path: str, node: Node, grown: int) -> None:
+        """The bytes are the owner's, whoever writes; within a transaction, its copies are the writer's."""
+        if grown > 0:
+            self._check_memory(view, domid if isinstance(view, Transaction) else node.perms[0].domid, grown, path)
+
+    def _check_memory(self, view: View, domid: Domid, grown: int, path: str) -> None:
+        try:
+            self.domains.check_memory(domid, grown, path)
+        except XsError:
+            view.failed = True
+            raise
+
+    def _refuse(self, view: View, domid: Domid, quota: str, what: str) -> NoReturn:
         view.failed = True
-        raise XsError(XsErrno.ENOSPC, what)
+        self.domains.record(domid).refuse(quota, what)
+        raise XsError(XsErrno.ENOSPC, what, quota)
+
+    def _debit(self, view: View, domid: Domid) -> None:
+        """A write outside of transactions costs credit if it may make somebody's transaction fail."""
+        if self.open_transactions and not isinstance(view, Transaction):
+            self.domains.charge(domid)
+
+    def expire_events(self, connection: Connection) -> None:
+        """Called when a domain's connection has an event: see in a while whether it was taken."""
+
+        def look() -> None:
+            oldest = connection.expire(self.clock() - EVENT_TIMEOUT_S)
+            if oldest is not None:
+                self.timers.add(oldest + EVENT_TIMEOUT_S, look)
+
+        self.timers.add(self.clock() + EVENT_TIMEOUT_S, look)
 
     # --- removal --------------------------------------------------------------------------------------------
 
@@ -260,8 +323,8 @@ class Store:
             doomed.append(waiting.pop())
             node = view.get(doomed[-1])
             if node is not None:
-                waiting.extend(paths.child(doomed[-1], name) for name in node.children)
-        for gone in reversed(doomed):
+                waiting.extend([paths.child(doomed[-1], name) for name in reversed(node.children)])
+        for gone in paths.children_first(doomed):
             view.put(gone, None)
             # Watches of a node below hear of it under their own path, those above only of the topmost one.
             view.note(gone, exact=gone != path)
@@ -292,24 +355,31 @@ class Store:
     def _fire(self, view: View) -> None:
         """Queue an event on every watch that a change concerns and whose domain may know of it.
 
-        That is who could see the node before the change or can see it after (XSA-115): by reading it, or by
-        listing the node above. So the last event of a node that becomes unreadable still arrives.
+        That is who could read the node before the change, or can read it or the node above it after (XSA-115); of a node
+        that is removed outside of a transaction also who could list the node above. So the last event of a node that
+        becomes unreadable still arrives.
         """
-        nodes = self.tree.nodes
+        nodes, direct = self.tree.nodes, not isinstance(view, Transaction)
         for path, exact in view.events.items():
+            watches = list(self.watches.at(path)) if exact else self.watches.concerned(path)
+            if not watches:
+                continue
             above = paths.parent(path)
-            then = (view.before.get(path), view.before[above] if above in view.before else nodes.get(above))
-            now = (nodes.get(path), nodes.get(above))
-            for watch in list(self.watches.at(path) if exact else self.watches.concerned(path)):
+            then, parent = view.before.get(path), view.before[above] if above in view.before else nodes.get(above)
+            now, now_parent = nodes.get(path), nodes.get(above)
+            for watch in watches:
                 domid = watch.connection.domid
-                if self._may_know(domid, *then) or self._may_know(domid, *now):
+                if (
+                    self._may_read(domid, then)
+                    or (now is not None and (self._may_read(domid, now) or self._may_read(domid, now_parent)))
+                    or (direct and then is not None and self._may_read(domid, parent))
+                ):
                     watch.connection.queue_event(watch, path)
 
-    def _may_know(self, domid: Domid, node: Node | None, above: Node | None) -> bool:
-        """False for a node that is not there: one that came and went in one transaction is no event."""
-        return node is not None and any(
-            each is not None and granted(self.tree.live_perms(each), domid) & MAY_READ for each in (node, above)
-        )
+    def _may_read(self, domid: Domid, node: Node | None) -> bool:
+        if node is None:
+            return False
+        return domid == CONTROL_DOMAIN or bool(self.domains.granted(self.tree.live_perms(node), domid) & MAY_READ)
 
     def _fire_special(self, name: str, domid: Domid) -> None:
         """@introduceDomain and @releaseDomain: told to who may read the special node.
@@ -321,7 +391,7 @@ class Store:
         found = [(watch, detailed if watch.depth else name) for watch in self.watches.at(name)]
         found += [(watch, detailed) for watch in self.watches.at(detailed)]
         for watch, path in found:
-            if granted(self.tree.live_perms(node), watch.connection.domid) & MAY_READ:
+            if self.domains.granted(self.tree.live_perms(node), watch.connection.domid) & MAY_READ:
                 watch.connection.queue_event(watch, path)
 
 

@@ -1,20 +1,16 @@
 """transaction.py: nodes and their versions: the committed tree and the views through which it is changed.
 
-After tools/xenstored/transaction.c, with its rule for conflicts: a commit fails if any node the transaction
-looked at has another generation by then. Unlike the C daemon, whose transactions see a node as it is when
-first touched, a transaction here sees the whole tree as it was at its start, which is what
-docs/misc/xenstore.txt promises.
+After tools/xenstored/transaction.c: a transaction sees a node as it was when it first looked at it, and a commit fails if
+any node it looked at has another generation by then. (docs/misc/xenstore.txt speaks of a copy of the whole tree at the
+start. What a transaction that commits has seen is the tree of one moment in both: there the start, here the commit.)
 
-Starting one copies nothing. Whoever replaces a committed node first hands the old version to those open
-transactions that can still see it (started after the version was written and before it was replaced); a
-path nobody replaced is read from the tree. So versions are kept only while somebody can see them, at most
-one per path and transaction.
+Starting one copies nothing. Nodes are replaced, not changed, so a version that a transaction looked at stays as it was for
+as long as the transaction refers to it.
 
 Used by store.py, which checks permissions and quotas before it calls put() here; nothing in put() can fail.
-Invariants: every node but the root and the specials is in its parent's `children`; `owned` lists every node
-under its owner; a `children` dict reachable from two versions is never changed in place (`shared`). The
-first child added to or removed from a directory that a transaction still sees copies the names in that one
-directory.
+Invariants: every node but the root and the specials is in its parent's `children`; `owned` lists every node under its
+owner, `memory` what its nodes cost; a `children` dict that two versions refer to is never changed in place (`shared`), so
+the first child added to or removed from a directory that a transaction looked at copies the names in that one directory.
 """
 
 from __future__ import annotations
@@ -25,9 +21,9 @@ from xenmodel.types import Domid
 from xenmodel.xenstore import path as paths
 from xenmodel.xenstore.errors import XsErrno, XsError
 from xenmodel.xenstore.perms import CONTROL_DOMAIN, Access, Perm
-from xenmodel.xenstore.quota import exceeds
 
 PERM_BYTES = 8  # sizeof(struct xs_permissions), for the quota on a node's size
+HEADER_BYTES = 24  # of a node's record, for the quota on memory
 ABSENT = 0  # the generation of a node that does not exist; real ones start at 1
 
 
@@ -41,20 +37,33 @@ class Node:
     children: dict[str, None] = field(default_factory=dict)  # leaf names in the order of their creation
     children_bytes: int = 0  # of the names with their NULs, as DIRECTORY sends them
     shared: bool = False
+    listing: bytes | None = None  # the names as DIRECTORY sends them, once somebody asked
 
     def size(self) -> int:
         return len(self.perms) * PERM_BYTES + len(self.value) + self.children_bytes
 
+    def names(self) -> bytes:
+        """The names of the children, each with its NUL."""
+        if self.listing is None:
+            self.listing = "".join([f"{name}\0" for name in self.children]).encode("ascii")
+        return self.listing
+
+
+def cost(path: str, node: Node) -> int:
+    """Bytes that a node counts for with its owner's quota on memory."""
+    return HEADER_BYTES + len(path) + node.size()
+
 
 class Tree:
-    """The committed nodes, and what open transactions need to go on seeing older ones."""
+    """The committed nodes."""
 
     def __init__(self) -> None:
         self.generation = 0
         self.nodes: dict[str, Node] = {}
         self.owned: dict[Domid, dict[str, None]] = {}
-        self._open: dict[int, Transaction] = {}  # by the generation of their start, oldest first
-        self._released: dict[Domid, int] = {}  # domid -> generation at which its last bearer died
+        self.memory: dict[Domid, int] = {}  # domid -> cost of its nodes
+        self._born: dict[Domid, int] = {}  # domid -> generation when its present bearer began, or its last one died
+        self._last_born = 0
         private = (Perm(CONTROL_DOMAIN, Access.NONE),)
         for path in (paths.ROOT, paths.INTRODUCE_DOMAIN, paths.RELEASE_DOMAIN):
             self.replace(path, Node(b"", private, self.tick()))
@@ -71,49 +80,36 @@ class Tree:
         """Make `node` (None: nothing) the committed version."""
         old = self.nodes.pop(path, None) if node is None else self.nodes.get(path)
         if old is not None:
-            for start, transaction in reversed(self._open.items()):
-                if start < old.generation:
-                    break  # it and all older ones started before this version existed
-                transaction.saved[path] = old
             owner = old.perms[0].domid
             self.owned[owner].pop(path)
+            self.memory[owner] -= cost(path, old)
             if not self.owned[owner]:
-                del self.owned[owner]
+                del self.owned[owner], self.memory[owner]
         if node is not None:
             # A transaction may have written it before a domain it names died.
             node.perms = self.live_perms(node)
             node.generation = self.tick()
             self.nodes[path] = node
-            self.owned.setdefault(node.perms[0].domid, {})[path] = None
-
-    def is_seen(self, node: Node) -> bool:
-        """Would an open transaction still see this committed version once it is replaced?"""
-        return next(reversed(self._open), ABSENT) >= node.generation
+            owner = node.perms[0].domid
+            self.owned.setdefault(owner, {})[path] = None
+            self.memory[owner] = self.memory.get(owner, 0) + cost(path, node)
 
     def live_perms(self, node: Node) -> tuple[Perm, ...]:
         """The node's permissions without those given to a domain that has died since (XSA-322, XSA-417).
 
         Its domid may belong to somebody else by now. A dead owner leaves the node to the control domain.
         """
-        released = self._released
-        if not released or all(released.get(perm.domid, ABSENT) < node.generation for perm in node.perms):
+        if node.generation > self._last_born:
             return node.perms
+        born = self._born
         owner, *others = node.perms
-        if released.get(owner.domid, ABSENT) >= node.generation:
+        if born.get(owner.domid, ABSENT) >= node.generation:
             owner = Perm(CONTROL_DOMAIN, owner.access)
-        return (owner, *(perm for perm in others if released.get(perm.domid, ABSENT) < node.generation))
+        return (owner, *(perm for perm in others if born.get(perm.domid, ABSENT) < node.generation))
 
     def forget_domain(self, domid: Domid) -> None:
-        """From now on, permissions given to `domid` earlier mean nobody."""
-        self._released[domid] = self.tick()
-
-    def begin(self, node_limit: int) -> Transaction:
-        start = self.tick()
-        self._open[start] = transaction = Transaction(self, start, node_limit)
-        return transaction
-
-    def end(self, transaction: Transaction) -> None:
-        del self._open[transaction.start]
+        """From now on, permissions given to `domid` earlier mean nobody: a domain began, or ended."""
+        self._born[domid] = self._last_born = self.tick()
 
 
 class View:
@@ -135,10 +131,6 @@ class View:
         """Nodes owned by `domid` in this view beyond those in the tree."""
         raise NotImplementedError
 
-    def _is_seen(self, path: str, node: Node) -> bool:
-        """May somebody else go on seeing this version of `path`?"""
-        raise NotImplementedError
-
     def note(self, path: str, exact: bool = False) -> None:
         self.events[path] = exact and self.events.get(path, True)
 
@@ -151,21 +143,19 @@ class View:
         self.put(path, Node(value, perms, self.tree.tick(), children, len(child) + 1 if child else 0))
 
     def change(self, path: str, node: Node, value: bytes | None = None, perms: tuple[Perm, ...] | None = None) -> None:
-        self.put(
-            path,
-            Node(
-                value=node.value if value is None else value,
-                perms=self.live_perms(node) if perms is None else perms,
-                generation=self.tree.tick(),
-                children=node.children,
-                children_bytes=node.children_bytes,
-                shared=node.shared or self._is_seen(path, node),
-            ),
+        new = Node(
+            node.value if value is None else value,
+            self.live_perms(node) if perms is None else perms,
+            self.tree.tick(),
+            node.children,
+            node.children_bytes,
+            node.shared,
+            node.listing,
         )
+        self.put(path, new)
 
     def change_children(self, path: str, node: Node, add: str = "", remove: str = "") -> None:
-        copied = node.shared or self._is_seen(path, node)
-        children = dict(node.children) if copied else node.children
+        children = dict(node.children) if node.shared else node.children
         children_bytes = node.children_bytes
         if add:
             children[add] = None
@@ -189,61 +179,59 @@ class Direct(View):
     def growth(self, domid: Domid) -> int:
         return 0
 
-    def _is_seen(self, path: str, node: Node) -> bool:
-        return self.tree.is_seen(node)
-
 
 class Transaction(View):
-    """The tree as it was at `start`, with changes of its own on top until commit()."""
+    """Nodes as they were when first looked at, with changes of its own on top until commit()."""
 
-    def __init__(self, tree: Tree, start: int, node_limit: int) -> None:
+    def __init__(self, tree: Tree, node_limit: int) -> None:
         super().__init__(tree)
-        self.start = start
-        self.saved: dict[str, Node] = {}  # versions replaced in the tree since the start
-        self._node_limit = node_limit
-        self._touched: dict[str, int] = {}  # path -> generation it was seen with
-        self._changes: dict[str, Node | None] = {}
+        self.memory = 0  # what its copies of nodes count for
+        self.node_limit = node_limit  # 0: none
+        self.seen: dict[str, int] = {}  # path -> generation it was first seen with, in that order
+        self._nodes: dict[str, Node | None] = {}  # as the transaction sees them: every path in `seen`
         self._growth: dict[Domid, int] = {}
 
     def get(self, path: str) -> Node | None:
-        if path in self._changes:
-            return self._changes[path]
-        node = self._snapshot(path)
-        if path not in self._touched:
-            if exceeds(len(self._touched) + 1, self._node_limit):
-                self.failed = True
-                raise XsError(XsErrno.ENOSPC, f"more than {self._node_limit} nodes in one transaction")
-            self._touched[path] = ABSENT if node is None else node.generation
+        if path in self._nodes:
+            return self._nodes[path]
+        if self.node_limit and len(self.seen) >= self.node_limit:
+            self.failed = True
+            raise XsError(XsErrno.ENOSPC, f"more than {self.node_limit} nodes in one transaction", "transaction-nodes")
+        node = self._nodes[path] = self.tree.nodes.get(path)
+        if node is None:
+            self.seen[path] = ABSENT
+        else:
+            self.seen[path] = node.generation
+            node.shared = True
+            self.memory += cost(path, node)
         return node
 
     def put(self, path: str, node: Node | None) -> None:
+        old = self.get(path)
         if path not in self.before:
-            self.before[path] = self._changes[path] = self._snapshot(path)
-        for version, step in ((self._changes[path], -1), (node, 1)):
+            self.before[path] = old
+        for version, step in ((old, -1), (node, 1)):
             if version is not None:
                 owner = version.perms[0].domid
                 self._growth[owner] = self._growth.get(owner, 0) + step
-        self._changes[path] = node
+                self.memory += step * cost(path, version)
+        self._nodes[path] = node
 
     def growth(self, domid: Domid) -> int:
         return self._growth.get(domid, 0)
 
     def check_conflicts(self) -> None:
-        """EAGAIN if a node this transaction looked at was changed, created or removed since its start."""
-        for path, generation in self._touched.items():
+        """EAGAIN if a node this transaction looked at was changed, created or removed since."""
+        for path, generation in self.seen.items():
             if self.tree.get_generation(path) != generation:
-                raise XsError(XsErrno.EAGAIN, f"{path} was changed since the transaction started")
+                raise XsError(XsErrno.EAGAIN, f"{path} was changed since the transaction looked at it")
 
     def commit(self) -> None:
-        """Put the changes into the tree. Call end() and check_conflicts() first."""
-        for path, node in self._changes.items():
-            if node is not None or path in self.tree.nodes:
-                self.tree.replace(path, node)
-
-    def _snapshot(self, path: str) -> Node | None:
-        node = self.saved.get(path) or self.tree.nodes.get(path)
-        # A version younger than the start with no older one saved: the node did not exist then.
-        return node if node is not None and node.generation < self.start else None
-
-    def _is_seen(self, path: str, node: Node) -> bool:
-        return path not in self._changes  # a version of the tree; versions of our own nobody else sees
+        """Put the changes into the tree. Call check_conflicts() first."""
+        for path in self.seen:
+            if path in self.before:
+                node = self._nodes[path]
+                if node is not None or path in self.tree.nodes:
+                    self.tree.replace(path, node)
+        # Watchers hear of the nodes in the order in which the transaction met them, as from the daemon.
+        self.events = {path: self.events[path] for path in self.seen if path in self.events}

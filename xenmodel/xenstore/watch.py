@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING
 
 from xenmodel.public.io.xs_wire import XENSTORE_PAYLOAD_MAX
 from xenmodel.xenstore import path as paths
+from xenmodel.xenstore.domain import Cause
 
 if TYPE_CHECKING:
     from xenmodel.xenstore.connection import Connection
 
 EVENTS_PER_WATCH = 128
+
+
+EVENT_BYTES = 16  # of an event's header, for the quota on memory
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +37,7 @@ class Watch:
     token: str
     depth: int | None
     prefix_length: int  # what event paths lose at the front: the home, if the watch was relative
+    order: int = 0  # watches of one connection hear of a change in the order in which they were made
     pending: set[str] = field(default_factory=set)
 
     def reaches(self, path: str) -> bool:
@@ -70,37 +75,69 @@ class WatchTable:
         """Watches of exactly this path."""
         return iter(self._by_path.get(path, ()))
 
-    def concerned(self, path: str) -> Iterator[Watch]:
-        """Watches of this path or of a node above it."""
-        for ancestor in paths.lineage(path):
-            for watch in self._by_path.get(ancestor, ()):
-                if watch.reaches(path):
-                    yield watch
+    def concerned(self, path: str) -> list[Watch]:
+        """Watches of this path or of a node above it, oldest first."""
+        by_path = self._by_path
+        found = [w for above in paths.lineage(path) if above in by_path for w in by_path[above] if w.reaches(path)]
+        if len(found) > 1:
+            found.sort(key=_order)
+        return found
+
+
+def _order(watch: Watch) -> int:
+    return watch.order
 
 
 class EventQueue:
-    """One connection's undelivered events, in order."""
+    """One connection's undelivered events, in order: since when each waits, and the request that is outstanding for it."""
 
     def __init__(self) -> None:
-        self._events: OrderedDict[tuple[Watch, str], None] = OrderedDict()
+        self._events: OrderedDict[tuple[Watch, str], tuple[float, Cause | None]] = OrderedDict()
+        self.memory = 0  # bytes, as the quota counts them
 
     def __len__(self) -> int:
         return len(self._events)
 
-    def push(self, watch: Watch, path: str) -> None:
-        if path not in watch.pending and (len(watch.pending) >= EVENTS_PER_WATCH or not watch.fits(path)):
+    def push(self, watch: Watch, path: str, now: float = 0.0, cause: Cause | None = None) -> None:
+        if path in watch.pending:
+            return  # and keeps its place
+        if len(watch.pending) >= EVENTS_PER_WATCH or not watch.fits(path):
             path = watch.path
+            if path in watch.pending:
+                return
         watch.pending.add(path)
-        self._events[watch, path] = None  # keeps its place if it is there
+        if cause is not None:
+            cause.waiting += 1
+        self._events[watch, path] = (now, cause)
+        self.memory += EVENT_BYTES + len(path) + len(watch.token)
 
     def pop(self) -> tuple[Watch, str] | None:
         if not self._events:
             return None
-        (watch, path), _ = self._events.popitem(last=False)
+        (watch, path), (_, cause) = self._events.popitem(last=False)
         watch.pending.discard(path)
+        self._gone(watch, path, cause)
         return watch, path
+
+    def oldest(self) -> float | None:
+        """Since when the first of them waits."""
+        return next(iter(self._events.values()))[0] if self._events else None
+
+    def expire(self, before: float) -> int:
+        """Drop those that have waited since before then; how many."""
+        count = 0
+        while (since := self.oldest()) is not None and since <= before:
+            self.pop()
+            count += 1
+        return count
 
     def forget(self, watch: Watch) -> None:
         for path in watch.pending:
-            del self._events[watch, path]
+            _, cause = self._events.pop((watch, path))
+            self._gone(watch, path, cause)
         watch.pending.clear()
+
+    def _gone(self, watch: Watch, path: str, cause: Cause | None) -> None:
+        self.memory -= EVENT_BYTES + len(path) + len(watch.token)
+        if cause is not None:
+            cause.done()

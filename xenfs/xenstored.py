@@ -1,0 +1,81 @@
+"""xenstored.py: the host's side of the store: its socket, the device files of each domain, its clock, what inspect/ says.
+
+host.World makes one; up.py runs its tasks. The store itself, and the rings, are in xenmodel/xenstore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from xenfs.fuse.tree import Directory, Node
+from xenfs.nodes.text import Text, table
+from xenfs.nodes.xenbus import XenbusBackend, XsDevice, XsdPort
+from xenfs.nodes.xs_dev import XsDevFile
+from xenfs.storesocket import StoreSocket
+from xenmodel.hypervisor import Hypervisor
+from xenmodel.types import Domid
+from xenmodel.xenstore.control import statistics
+from xenmodel.xenstore.quota import NAMES
+
+
+class StoreHost:
+    """`kick` delivers what a batch of requests caused."""
+
+    def __init__(self, hypervisor: Hypervisor, kick: Callable[[], bool]) -> None:
+        self.hypervisor = hypervisor
+        self.daemon = hypervisor.xenstored
+        self.socket = StoreSocket(self.daemon, kick, lambda: hypervisor.idle)
+        self._kick = kick
+
+    def device_files(self, domid: Domid, dev: Directory) -> Directory:
+        """Fill dev/xen of a domain; the result is its proc."""
+        xenbus = XsDevice(lambda flush: self.daemon.peer(domid, flush))
+        freebsd = XsDevice(lambda flush: self.daemon.peer(domid, flush), XsDevFile)
+        nodes: dict[str, Node] = {"xenbus": xenbus, "xenstore": freebsd}
+        proc: dict[str, Node] = {"xenbus": xenbus}
+        if domid == 0:
+            nodes["xenbus_backend"] = XenbusBackend(self._port)
+            proc["xsd_port"] = XsdPort(self._port)
+        dev.add("xen", Directory(nodes))
+        return Directory({"xen": Directory(proc)})
+
+    def inspect(self, domid: Domid) -> Text:
+        return Text(lambda: self._limits(domid) + (f"\n{statistics(self.daemon)}" if domid == 0 else ""))
+
+    def _limits(self, domid: Domid) -> str:
+        """What the domain uses, of what it may, and what it was refused."""
+        record = self.daemon.domains.record(domid)
+        usage, limits = self.daemon.store.usage(domid), self.daemon.domains.limits(domid)
+        rows = []
+        for name, field in (*((name, field) for name, (field, _) in NAMES.items()), ("write-rate", "")):
+            refusal = record.refused.get(name)
+            refused = (refusal.times, refusal.last[:200]) if refusal else (0, "")
+            rows.append((name, getattr(usage, field, "-"), getattr(limits, field, 0) or "-", *refused))
+        return table(("quota", "used", "limit", "refused", "last"), rows)
+
+    def _port(self) -> int:
+        """Domain 0's end of its channel to the store."""
+        return self.daemon.own_port
+
+    async def run_timers(self) -> None:
+        """The task of the store's clock: credits that come back, events nobody took."""
+        timers = self.daemon.store.timers
+        while True:
+            with trio.CancelScope() as scope:
+
+                def sleep_until_next(scope: trio.CancelScope = scope) -> None:
+                    due = timers.next
+                    scope.deadline = float("inf") if due is None else trio.current_time() + max(0.0, due - timers.clock())
+
+                timers.on_earlier = sleep_until_next
+                sleep_until_next()
+                await trio.sleep_forever()
+            timers.run()
+            while self._kick():
+                await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        self.daemon.store.timers.on_earlier = lambda: None
+        self.socket.close()

@@ -1,0 +1,210 @@
+"""peer.py: one client of the store behind a stream of bytes, whatever carries them: a socket, a ring page, a device file.
+
+The carrier calls receive() with what came and takes what is in `out`; requests.py has what each message means. Replies and
+events leave in the daemon's order: the events that a request caused for its own sender come before its reply, but the
+first event of a watch comes after WATCH's.
+
+Hostile clients: a message that is too long ends the stream, and nothing else (`failed`). Who does not read his replies is
+not read from, nor is a domain that has too many requests outstanding, too much memory or no write credit (`wants_input`);
+what it sent stays with the carrier. Events wait in the connection's queue, where they are few, until there is room.
+Invariant: `out` is bounded: one reply or a few events beyond OUT_MOST.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from xenmodel.public.io.xs_wire import XENSTORE_ERROR_PROTO, XENSTORE_PAYLOAD_MAX, XsType
+from xenmodel.types import Domid
+from xenmodel.xenstore.domain import Cause
+from xenmodel.xenstore.errors import XsErrno, XsError
+from xenmodel.xenstore.perms import CONTROL_DOMAIN
+from xenmodel.xenstore.requests import HANDLERS, NO_TRANSACTION, PRIVILEGED
+from xenmodel.xenstore.wire import Message, Parser, ProtocolError, join, pack
+
+if TYPE_CHECKING:
+    from xenmodel.xenstore.daemon import Xenstored
+
+OUT_MOST = 64 * 1024  # bytes of replies to a client that does not read them
+EVENTS_MOST = 4 * 1024  # bytes waiting before events wait in their queue, where they can be merged
+TURN = 32  # requests before others have their turn
+MEMORY_RETRY_S = 0.1  # how soon to look again whether a domain's memory has become less
+
+
+class Peer:
+    """`flush()` is the carrier's: called when `out` has grown, or input is wanted again, outside of receive()."""
+
+    def __init__(self, daemon: Xenstored, domid: Domid, flush: Callable[[], None]) -> None:
+        self.daemon = daemon
+        self.store = daemon.store
+        self.connection = self.store.connect(domid)
+        self.flush = flush
+        self.out = bytearray()
+        self.failed = 0  # XENSTORE_ERROR_*
+        self._record = self.connection.record
+        self._parser = Parser()
+        self._busy = self._dirty = False
+        self._replies: deque[tuple[int, Cause]] = deque()  # where in the stream each ends
+        self._sent = self._made = 0  # bytes of the stream
+        self.connection.on_event = self._event
+        self.connection.on_turn = self._turn
+
+    def receive(self, data: bytes | bytearray | memoryview) -> None:
+        """More of the stream. What it asks for is answered into `out` as far as `wants_input` allows, the rest later."""
+        if not self.failed:
+            self._parser.feed(data)
+            self._run()
+
+    @property
+    def wants_input(self) -> bool:
+        if self.failed or self.connection.closed or len(self.out) >= OUT_MOST:
+            return False
+        if self.connection.domid == CONTROL_DOMAIN:
+            return True
+        return self._may_go_on()
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that were received and not looked at yet."""
+        return self._parser.pending
+
+    def sent(self, count: int) -> None:
+        """The carrier has taken the first `count` bytes of `out`."""
+        del self.out[:count]
+        self._sent += count
+        while self._replies and self._replies[0][0] <= self._sent:
+            self._replies.popleft()[1].done()
+        if self.connection.on_event is None and len(self.out) < EVENTS_MOST and not self.failed:
+            self.connection.on_event = self._event
+            if self.connection.pending_events:
+                self.store.notify(self.connection)
+        if self._parser.pending and not self._busy and not self.failed:
+            self.store.notify(self.connection)
+
+    def fail(self, error: int) -> None:
+        """The stream is lost. Nothing of it is served any more, and what it held is given back."""
+        self.failed = error
+        self.out.clear()
+        self.close()
+
+    def close(self) -> None:
+        self.connection.close()
+        while self._replies:
+            self._replies.popleft()[1].done()
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Serve whole messages, but no more than a turn's."""
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            for _ in range(TURN):
+                if not self.wants_input:
+                    return
+                message = self._parser.next()
+                if message is None:
+                    return
+                self._serve(message)
+            if self._parser.pending:
+                self.store.notify(self.connection)  # the rest in another turn
+        except ProtocolError as error:
+            self.daemon.log(f"domain {self.connection.domid}: {error}; the connection is closed")
+            self.fail(XENSTORE_ERROR_PROTO)
+        finally:
+            self._busy = False
+
+    def _serve(self, message: Message) -> None:
+        kind, req_id, tx_id, body = message
+        cause = None
+        self.daemon.counts[kind] += 1
+        if self.daemon.tracing:
+            self.daemon.trace("IN", self, kind, body)
+        if self.connection.domid != CONTROL_DOMAIN:
+            self.store.cause = cause = Cause(self._record)
+        try:
+            reply = self._answer(kind, tx_id, body)
+        except XsError as error:
+            kind, reply = XsType.ERROR, error.errno.value.encode() + b"\0"
+        finally:
+            self.store.cause = None
+        connection = self.connection
+        if kind != XsType.WATCH:
+            while connection.pending_events and connection.on_event is not None:
+                if not connection.dispatch(TURN):
+                    break
+        self._send(kind, req_id, tx_id, reply)
+        if cause is not None:
+            self._replies.append((self._made, cause))
+        if kind == XsType.WATCH:
+            connection.dispatch(TURN)
+
+    def _answer(self, kind: int, tx_id: int, body: bytes) -> bytes:
+        handler = HANDLERS.get(kind)
+        if handler is None:
+            del self.daemon.counts[kind]  # or a client could fill it
+            raise XsError(XsErrno.ENOSYS, f"there is no request {kind}")
+        if kind in PRIVILEGED and self.connection.domid != CONTROL_DOMAIN:
+            raise XsError(XsErrno.EACCES, f"domain {self.connection.domid} may not send {XsType(kind).name}")
+        if kind in NO_TRANSACTION:
+            tx_id = 0
+        elif tx_id and tx_id not in self.connection.transactions:
+            raise XsError(XsErrno.ENOENT, f"there is no transaction {tx_id}")
+        reply = handler(self, tx_id, body)
+        if len(reply) > XENSTORE_PAYLOAD_MAX:
+            raise XsError(XsErrno.E2BIG, f"a reply of {len(reply)} bytes")
+        return reply
+
+    def _may_go_on(self) -> bool:
+        """Is this domain to be read from? If not, it is looked at again when that may have changed."""
+        record, limits, timers = self._record, self.connection.limits, self.store.timers
+        if limits.outstanding and record.outstanding >= limits.outstanding:
+            self.daemon.stall(self, "outstanding", f"{record.outstanding} requests are outstanding")
+            return False
+        wait_s = self.store.domains.credit.wait_s(record) if record.credit < 0 else 0.0
+        if wait_s > 0:
+            record.refuse("write-rate", f"waits {wait_s:.3f} s for the next write")
+            timers.add(timers.clock() + wait_s, lambda: self.store.notify(self.connection))
+            return False
+        if limits.memory and self.store.usage(record.domid).memory >= limits.memory:
+            record.refuse("memory", f"not read from while it uses more than {limits.memory} bytes")
+            timers.add(timers.clock() + MEMORY_RETRY_S, lambda: self.store.notify(self.connection))
+            return False
+        return True
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """The hypervisor's loop has come to us: go on with what had to wait."""
+        if not self._busy and not self.failed:
+            before = len(self.out)
+            if self._parser.pending:
+                self._run()
+            if len(self.out) > before or self.wants_input:
+                self._flush_soon()
+
+    def _event(self, path: str, token: str) -> None:
+        self._send(XsType.WATCH_EVENT, 0, 0, join(path, token))
+        if len(self.out) >= EVENTS_MOST:
+            self.connection.on_event = None
+        if not self._busy:
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """Once, when this turn is over."""
+        if not self._dirty:
+            self._dirty = True
+            self.daemon.defer(self._flush_now)
+
+    def _flush_now(self) -> None:
+        self._dirty = False
+        self.flush()
+
+    def _send(self, kind: int, req_id: int, tx_id: int, body: bytes) -> None:
+        if self.daemon.tracing:
+            self.daemon.trace("OUT", self, kind, body)
+        self.out += pack(kind, req_id, tx_id, body)
+        self._made += 16 + len(body)
