@@ -13,9 +13,10 @@ import sys
 import trio
 
 from xenfs.fuse.mount import Mount, mount
+from xenfs.fuse.operations import MAX_WRITE
 from xenfs.fuse.serve import Server, sender
-from xenfs.fuse.session import MAX_WRITE, Session
-from xenfs.fuse.tree import Directory, Node
+from xenfs.fuse.session import Session
+from xenfs.fuse.tree import Change, Directory, Node
 
 SIZE = 1 << 30
 
@@ -31,10 +32,10 @@ class Empty(Node):
     def size(self) -> int:
         return SIZE
 
-    def setattr(self, valid: int, size: int) -> None:
+    def setattr(self, change: Change) -> None:
         pass
 
-    def read(self, session: Session, unique: int, offset: int, size: int) -> None:
+    def read(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
         session.send_data(unique, [self.zeroes[:size]])
 
     def write(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:

@@ -5,6 +5,7 @@ host.World makes one; up.py runs its tasks. The store itself, and the rings, are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import trio
@@ -62,20 +63,24 @@ class StoreHost:
     async def run_timers(self) -> None:
         """The task of the store's clock: credits that come back, events nobody took."""
         timers = self.daemon.store.timers
-        while True:
-            with trio.CancelScope() as scope:
+        sleep = trio.CancelScope()
 
-                def sleep_until_next(scope: trio.CancelScope = scope) -> None:
-                    due = timers.next
-                    scope.deadline = float("inf") if due is None else trio.current_time() + max(0.0, due - timers.clock())
+        def wake_in_time() -> None:
+            due = timers.next
+            sleep.deadline = math.inf if due is None else trio.current_time() + max(0.0, due - timers.clock())
 
-                timers.on_earlier = sleep_until_next
-                sleep_until_next()
-                await trio.sleep_forever()
-            timers.run()
-            while self._kick():
-                await trio.lowlevel.checkpoint()
+        timers.on_earlier = wake_in_time
+        try:
+            while True:
+                with sleep:
+                    wake_in_time()
+                    await trio.sleep_forever()
+                sleep = trio.CancelScope()
+                timers.run()
+                while self._kick():
+                    await trio.lowlevel.checkpoint()
+        finally:
+            timers.on_earlier = lambda: None  # what comes during the shutdown waits for nobody
 
     def close(self) -> None:
-        self.daemon.store.timers.on_earlier = lambda: None
         self.socket.close()
