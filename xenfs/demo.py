@@ -39,8 +39,9 @@ URL = "http://10.77.0.11:8000/random"
 FETCH = f'import urllib.request; urllib.request.urlretrieve("{URL}", "fetched")'
 TOOLS = (
     "mkfs.ext4", "mount", "umount", "losetup", "e2fsck", "debugfs", "unshare", "nsenter", "ip", "ping", "python3",
+    "xenstore-ls",
 )  # fmt: skip
-PACKAGES = "e2fsprogs, mount, util-linux, iproute2, iputils-ping and python3"
+PACKAGES = "e2fsprogs, mount, util-linux, iproute2, iputils-ping, python3 and xenstore-utils"
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"  # not on everybody's PATH
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -180,3 +181,11 @@ def _look_inside(scene: Scene, guest: str) -> None:
         ("vif/1/0", "frontend mac bridge hotplug-status state feature-gso-tcpv4"),
     ):
         scene.run("sh", "-c", f'cd mnt/xenstore/local/domain/0/backend/{device} && grep "" {keys}')
+
+    scene.title("It is also a server: Xen's own tools speak to its socket")
+    listing = scene.run("env", "XENSTORED_PATH=mnt.xenstored", "xenstore-ls", "-f")
+    if f'/name = "{guest}"' not in listing:
+        raise StepError(f"the store does not list {guest}")
+
+    scene.title("What the first guest uses of the store, and what it may")
+    scene.run("xenfs", "quota", "--mount", "mnt", guest)

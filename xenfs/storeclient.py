@@ -36,7 +36,7 @@ T = TypeVar("T")
 TIMEOUT_S = 10.0  # for one answer, whatever else arrives meanwhile
 WINDOW = 32  # requests under way: they and their answers fit into a socket's buffers
 EVENTS_MAX = 10_000  # nobody asked for yet
-NAMES_MAX_BYTES = 16 << 20  # of one node's children
+PARTS_MAX = 8192  # of one node's list of children
 ATTEMPTS = 16  # of a transaction that meets conflicts, and of a list of children that changes while it is read
 
 _READ_BYTES = 64 * 1024
@@ -296,18 +296,20 @@ class StoreClient:
     def _list_in_parts(self, path: str, tx: int) -> bytes:
         """DIRECTORY_PART until the end of the list; from its start if the node has another generation by then."""
         for _ in range(ATTEMPTS):
-            listed, first = b"", b""
+            parts: list[bytes] = []
+            size, first = 0, b""
             while True:
-                answer = self._ask(XsType.DIRECTORY_PART, join(path, str(len(listed))), tx)
-                generation, found, part = answer.partition(b"\0")
-                if not found or not _NUMBER.fullmatch(generation) or not part or len(listed) > NAMES_MAX_BYTES:
+                answer = self._ask(XsType.DIRECTORY_PART, join(path, str(size)), tx)
+                generation, _, part = answer.partition(b"\0")
+                if not _NUMBER.fullmatch(generation) or not part.endswith(b"\0") or len(parts) >= PARTS_MAX:
                     self._lost(f"the parts of the children of {path} are wrong")
                 if generation != (first or generation):
                     break
                 first = generation
+                parts.append(part)
+                size += len(part)
                 if part == b"\0" or part.endswith(b"\0\0"):
-                    return listed + part[:-1]
-                listed += part
+                    return b"".join(parts)[:-1]
         raise XsError(XsErrno.EAGAIN, f"the children of {path} change faster than they can be listed")
 
     def _check_open(self) -> None:

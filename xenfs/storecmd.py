@@ -28,6 +28,7 @@ from xenmodel.xenstore.wire import join
 SOCKET_SUFFIX = ".xenstored"  # after the mount's directory: where `xenfs up` listens
 ENVIRON = "XENSTORED_PATH"  # libxenstore's
 RELOAD_TIMEOUT_S = 60.0
+PROGRESS_S = 0.2  # between two looks of it
 
 _DOMID = re.compile(r"[0-9]{1,5}")
 _ACCOUNT = re.compile(r"([\w-]+)\s*: +(\d+)(?: \(max +\d+\))?(?: .*)?")  # a line of C xenstored's CONTROL quota
@@ -57,7 +58,7 @@ def find_domain(client: StoreClient, name: str) -> Domid:
 
 
 def quota(client: StoreClient, domid: Domid) -> list[list[str]]:
-    """Rows of a table: quota, used, limit, times refused, the last refusal. What the store does not tell is empty."""
+    """Rows of a table: quota, used, limit (0: none), times refused, the last refusal. "-" is what nobody counts."""
     answer = _control(client, "quota-usage", domid)
     if answer is None:
         return _foreign_quota(client, domid)
@@ -71,13 +72,13 @@ def _foreign_quota(client: StoreClient, domid: Domid) -> list[list[str]]:
     """C xenstored tells in two answers what a domain uses and what each may use; no other store counts refusals."""
     answer = _control(client, "quota", domid)
     if nodes := _OXENSTORED.fullmatch(answer or ""):
-        return [["nodes", *nodes.groups(), "", ""]]
+        return [["nodes", *nodes.groups(), "-", ""]]
     used = _accounts(answer or "")
     if not used:
         told = f"; it says: {clean(answer)}" if answer else ""
         raise CommandError(f"the store has no table of quotas{told}")
     limits = _accounts(_control(client, "quota") or "")
-    return [[name, used.get(name, ""), limits.get(name, ""), "", ""] for name in used | limits]
+    return [[name, used.get(name, "-"), limits.get(name, "-"), "-", ""] for name in used | limits]
 
 
 def _control(client: StoreClient, command: str, domid: Domid | None = None) -> str | None:
@@ -211,9 +212,10 @@ def _reload(socket: str, options: argparse.Namespace) -> int:
             if error.errno in _UNKNOWN:
                 raise CommandError(f"{socket}: this store cannot be reloaded") from None
             raise
+    if answer == "BUSY":
+        answer = "BUSY: transactions are open; --force ends them"
     if answer != "OK":
-        hint = "; --force does it all the same" if answer.startswith("BUSY") and not options.force else ""
-        raise CommandError(f"{socket}: not reloaded: {answer}{hint}")
+        raise CommandError(f"{socket}: not reloaded: {answer}")
     print(answer)
     return 0
 
@@ -243,7 +245,7 @@ def _progress(verb: str) -> Iterator[Progress]:
 
     def show(done: int, of: int) -> None:
         nonlocal last_s, shown_length
-        if sys.stderr.isatty() and time.monotonic() - last_s > 0.2:
+        if sys.stderr.isatty() and time.monotonic() - last_s >= PROGRESS_S:
             last_s = time.monotonic()
             line = f"{verb} {done} of {of} nodes"
             print(f"\r{line.ljust(shown_length)}", end="", file=sys.stderr, flush=True)

@@ -31,8 +31,7 @@ PIECE = 128  # nodes that one transaction of a load looks at
 NODES_MAX = 1_000_000
 TEXT_MAX = 512 << 20
 
-_SPECIAL = (paths.INTRODUCE_DOMAIN, paths.RELEASE_DOMAIN)
-_LISTED = {f"/{name}": name for name in _SPECIAL}  # oxenstored shows them as children of the root
+_LISTED = {f"/{name}": name for name in paths.SPECIALS}  # oxenstored shows them as children of the root
 
 Progress = Callable[[int, int], None]  # nodes done, of how many that are known of
 
@@ -118,7 +117,7 @@ def _tree(client: StoreClient, top: str, tx: int, progress: Progress) -> list[st
 
 def _specials(client: StoreClient, top: str, tx: int) -> list[str]:
     """Left out are those that the store does not have or does not show."""
-    wanted = _SPECIAL if top == paths.ROOT else ()
+    wanted = paths.SPECIALS if top == paths.ROOT else ()
     answers = client.request([(XsType.GET_PERMS, join(path)) for path in wanted], tx)
     told = [(path, answer) for path, answer in zip(wanted, answers, strict=True) if not isinstance(answer, XsError)]
     return [format_node(path, None, client.perms(path, answer)) for path, answer in told]

@@ -5,12 +5,13 @@ host.World makes one; up.py runs its tasks. The store itself, and the rings, are
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 
 import trio
 
-from xenfs.fuse.tree import Directory, Node
+from xenfs.fuse.tree import Directory, Node, refuse
 from xenfs.nodes.text import Text, table
 from xenfs.nodes.xenbus import XenbusBackend, XsDevice, XsdPort
 from xenfs.nodes.xs_dev import XsDevFile
@@ -18,6 +19,7 @@ from xenfs.storesocket import StoreSocket
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.types import Domid
 from xenmodel.xenstore.control import statistics
+from xenmodel.xenstore.peer import Peer
 from xenmodel.xenstore.quota import NAMES
 
 
@@ -29,11 +31,17 @@ class StoreHost:
         self.daemon = hypervisor.xenstored
         self.socket = StoreSocket(self.daemon, kick, lambda: hypervisor.idle)
         self._kick = kick
+        self._devices: dict[Domid, tuple[XsDevice, ...]] = {}
 
     def device_files(self, domid: Domid, dev: Directory) -> Directory:
         """Fill dev/xen of a domain; the result is its proc."""
-        xenbus = XsDevice(lambda flush: self.daemon.peer(domid, flush))
-        freebsd = XsDevice(lambda flush: self.daemon.peer(domid, flush), XsDevFile)
+        def make_peer(flush: Callable[[], None]) -> Peer:
+            if domid not in self.hypervisor.domains:
+                raise refuse(errno.ENOENT)  # as Linux says without a store
+            return self.daemon.peer(domid, flush)
+
+        xenbus, freebsd = XsDevice(make_peer), XsDevice(make_peer, XsDevFile)
+        self._devices[domid] = (xenbus, freebsd)
         nodes: dict[str, Node] = {"xenbus": xenbus, "xenstore": freebsd}
         proc: dict[str, Node] = {"xenbus": xenbus}
         if domid == 0:
@@ -41,6 +49,11 @@ class StoreHost:
             proc["xsd_port"] = XsdPort(self._port)
         dev.add("xen", Directory(nodes))
         return Directory({"xen": Directory(proc)})
+
+    def destroyed(self, domid: Domid) -> None:
+        """Whoever has a device file of that domain open, and waits, learns that its end has come."""
+        for device in self._devices.pop(domid, ()):
+            device.stop()
 
     def inspect(self, domid: Domid) -> Text:
         return Text(lambda: self._limits(domid) + (f"\n{statistics(self.daemon)}" if domid == 0 else ""))

@@ -199,14 +199,19 @@ class BytePipe:
 
     def waiting(self) -> int:
         """Bytes to read. PeerFault if the indices are further apart than the ring is long."""
-        waiting = (self.words[self._prod] - self.words[self._cons]) & U32
+        return self._indices()[2]
+
+    def _indices(self) -> tuple[int, int, int]:
+        """Consumer, producer, and how many bytes lie between them. Each index is looked at once."""
+        cons, prod = self.words[self._cons], self.words[self._prod]
+        waiting = (prod - cons) & U32
         if waiting > self.size:
             raise PeerFault(f"the producer is {waiting} bytes ahead of the consumer in a ring of {self.size}")
-        return waiting
+        return cons, prod, waiting
 
     def read(self) -> bytes:
         """Take all that waits."""
-        cons, count = self.words[self._cons], self.waiting()
+        cons, _, count = self._indices()
         at = cons & (self.size - 1)
         data = bytes(self.data[at : at + count])
         if len(data) < count:
@@ -216,7 +221,8 @@ class BytePipe:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Put as much of `data` as fits; how much that was."""
-        prod, count = self.words[self._prod], min(len(data), self.size - self.waiting())
+        _, prod, waiting = self._indices()
+        count = min(len(data), self.size - waiting)
         at = prod & (self.size - 1)
         here = min(count, self.size - at)
         self.data[at : at + here] = data[:here]

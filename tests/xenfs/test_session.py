@@ -12,8 +12,9 @@ import pytest
 
 from tests.xenfs.machine import KIB, MIB, Kernel, Reply
 from xenfs.fuse import kernel as k
-from xenfs.fuse.session import MAX_WRITE, OPCODES, Session
-from xenfs.fuse.tree import Bytes, Directory, Link, Node, Opened, refuse
+from xenfs.fuse.operations import MAX_WRITE, OPCODES
+from xenfs.fuse.session import Session
+from xenfs.fuse.tree import Bytes, Change, Directory, Link, Node, Opened, refuse
 
 ROOT = k.FUSE_ROOT_ID
 
@@ -42,7 +43,7 @@ class Paper(Node):
         self._note("open", flags)
         return Opened(self, k.FOPEN_KEEP_CACHE)
 
-    def read(self, session: Session, unique: int, offset: int, size: int) -> None:
+    def read(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
         self._note("read", offset, size)
         session.send_data(unique, [b"ab", memoryview(b"cd")])
 
@@ -56,7 +57,7 @@ class Paper(Node):
         self._note("fallocate", offset, length, mode)
         session.send_ok(unique)
 
-    def setattr(self, valid: int, size: int) -> None:
+    def setattr(self, change: Change) -> None:
         self._note("setattr")
 
     def interrupt(self, unique: int) -> bool:
@@ -114,8 +115,9 @@ def test_init(desk, major, minor, flags, answered, form):
     version, got_minor, readahead, got, _, _, most, _, pages, *_ = k.INIT_OUT.unpack(reply.data)
     assert (version, got_minor, readahead, most, pages) == (7, answered, 131072, MAX_WRITE, MAX_WRITE // 4096)
     assert not got & ~flags
-    wanted = k.FUSE_ASYNC_READ | k.FUSE_BIG_WRITES | k.FUSE_ASYNC_DIO | k.FUSE_MAX_PAGES
+    wanted = k.FUSE_ASYNC_READ | k.FUSE_BIG_WRITES | k.FUSE_ASYNC_DIO | k.FUSE_MAX_PAGES | k.FUSE_HANDLE_KILLPRIV_V2
     assert got & wanted == flags & wanted
+    assert not got & k.FUSE_ATOMIC_O_TRUNC, "Linux would throw away what was written to a disk through a mapping"
 
 
 def test_init_of_another_age(desk):
@@ -220,7 +222,10 @@ def test_unknown_opcode(desk, opcode):
 SHORT = [
     (k.FUSE_INIT, k.INIT_IN_SHORT), (k.FUSE_OPEN, k.OPEN_IN), (k.FUSE_RELEASE, k.RELEASE_IN), (k.FUSE_READ, k.READ_IN),
     (k.FUSE_FSYNC, k.FSYNC_IN), (k.FUSE_FALLOCATE, k.FALLOCATE_IN), (k.FUSE_READDIR, k.READ_IN),
-    (k.FUSE_RELEASEDIR, k.RELEASE_IN),
+    (k.FUSE_RELEASEDIR, k.RELEASE_IN), (k.FUSE_SETATTR, k.SETATTR_IN), (k.FUSE_CREATE, k.CREATE_IN),
+    (k.FUSE_MKNOD, k.MKNOD_IN), (k.FUSE_MKDIR, k.MKDIR_IN), (k.FUSE_RENAME, k.RENAME_IN), (k.FUSE_RENAME2, k.RENAME2_IN),
+    (k.FUSE_GETXATTR, k.GETXATTR_IN), (k.FUSE_LISTXATTR, k.GETXATTR_IN), (k.FUSE_SETXATTR, k.GETXATTR_IN),
+    (k.FUSE_FLUSH, k.FLUSH_IN), (k.FUSE_POLL, k.POLL_IN),
 ]  # fmt: skip
 
 
@@ -250,6 +255,8 @@ BAD_HANDLE: dict[str, Callable[[Kernel, int], int]] = {
     "write": lambda kernel, fh: kernel.send_write(fh, 0, b"x"),
     "fsync": lambda kernel, fh: kernel.send_fsync(fh),
     "fallocate": lambda kernel, fh: kernel.send_fallocate(fh, 0, 1, 0),
+    "flush": lambda kernel, fh: kernel.send(k.FUSE_FLUSH, 0, k.FLUSH_IN.pack(fh, 0, 0, 0)),
+    "poll": lambda kernel, fh: kernel.send(k.FUSE_POLL, 0, k.POLL_IN.pack(fh, 1, 1, 0)),
     "release": lambda kernel, fh: kernel.send(k.FUSE_RELEASE, 0, k.RELEASE_IN.pack(fh, 0, 0, 0)),
     "readdir": lambda kernel, fh: kernel.send(k.FUSE_READDIR, 0, k.READ_IN.pack(fh, 0, 99, 0, 0, 0, 0)),
 }
@@ -303,10 +310,25 @@ def test_notify_size(desk):
     assert kernel.notices == [(k.FUSE_NOTIFY_INVAL_INODE, k.NOTIFY_INVAL_INODE_OUT.pack(ino, -1, 0))]
 
 
-@pytest.mark.parametrize("opcode", [k.FUSE_CREATE, k.FUSE_MKDIR, k.FUSE_UNLINK, k.FUSE_RENAME2])
-def test_the_tree_is_not_changed_by_request(desk, opcode):
-    """Goal: touch, mkdir, rm and mv say "Operation not permitted".  Method: their requests on the root."""
-    assert desk.kernel.call(opcode, ROOT, b"\0" * 16 + b"new\0other\0") == Reply(errno.EPERM, b"")
+CHANGES = [
+    (k.FUSE_CREATE, k.CREATE_IN.pack(os.O_WRONLY, 0o644, 0, 0) + b"new\0"),
+    (k.FUSE_MKNOD, k.MKNOD_IN.pack(stat.S_IFREG | 0o644, 0, 0, 0) + b"new\0"),
+    (k.FUSE_MKDIR, k.MKDIR_IN.pack(0o755, 0) + b"new\0"),
+    (k.FUSE_SYMLINK, b"new\0paper\0"),
+    (k.FUSE_LINK, k.LINK_IN.pack(ROOT) + b"new\0"),
+    (k.FUSE_UNLINK, b"paper\0"),
+    (k.FUSE_RMDIR, b"drawer\0"),
+    (k.FUSE_RENAME, k.RENAME_IN.pack(ROOT) + b"paper\0new\0"),
+    (k.FUSE_RENAME2, k.RENAME2_IN.pack(ROOT, 1, 0) + b"paper\0new\0"),
+]
+
+
+@pytest.mark.parametrize(("opcode", "body"), CHANGES)
+def test_the_tree_is_not_changed_by_request(desk, opcode, body):
+    """Goal: touch, mkdir, rm and mv say "Operation not permitted" where no node says otherwise.
+    Method: their requests on the root; its names after them."""
+    assert desk.kernel.call(opcode, ROOT, body) == Reply(errno.EPERM, b"")
+    assert desk.kernel.names("") == [".", "..", "paper", "other", "link", "drawer"]
 
 
 def test_text_is_of_one_moment(desk):

@@ -34,7 +34,7 @@ def size(kernel: Kernel, ino: int) -> int:
 
 
 def walk_all(kernel: Kernel, path: str = "") -> dict[str, bytes]:
-    """Every file below `path`, as find and cat see it."""
+    """Every file below `path`, as find and cat see it, without the devices."""
     found: dict[str, bytes] = {}
     for name in kernel.names(path)[2:]:
         child = f"{path}/{name}".lstrip("/")
@@ -43,7 +43,7 @@ def walk_all(kernel: Kernel, path: str = "") -> dict[str, bytes]:
             found |= walk_all(kernel, child)
         elif kind == stat.S_IFLNK:
             found[child] = kernel.call(k.FUSE_READLINK, kernel.walk(child)).data
-        elif not child.endswith("/dev/xvda"):
+        elif "/dev/" not in child and not child.endswith("/xen/xenbus"):
             found[child] = kernel.text(child).encode()
     return found
 
@@ -74,7 +74,7 @@ def test_the_rest_of_the_tree(machine):
         assert found[f"domains/{domid}/state"] == b"running\n"
         for text in ("evtchn", "grants", "rings"):
             assert found[f"domains/{domid}/inspect/{text}"].endswith(b"\n")
-    assert kernel.names("domains/2/dev") == [".", "..", "xvda"]
+    assert kernel.names("domains/2/dev") == [".", "..", "xen", "xvda"]
     assert mode(kernel, kernel.walk("domains/1/dev/xvda")) == stat.S_IFREG | 0o600
     assert mode(kernel, kernel.walk("domains/2/dev/xvda")) == stat.S_IFREG | 0o400
 
@@ -93,9 +93,9 @@ def test_inspect_tells_the_truth(machine):
     (front,) = [line.split() for line in kernel.text("domains/1/inspect/rings").splitlines() if "51712" in line]
     columns = lines[0].split()
     assert front[columns.index("req_prod")] == front[columns.index("rsp_prod")] == "4"
-    (channel,) = kernel.text("domains/1/inspect/evtchn").splitlines()[1:]
-    port, state, remote = channel.split()[:3]
-    assert state == "interdomain" and remote.startswith("0:")
+    port = kernel.text(f"{GUEST}/device/vbd/51712/event-channel")
+    (channel,) = [line.split() for line in kernel.text("domains/1/inspect/evtchn").splitlines() if line.split()[0] == port]
+    assert channel[1] == "interdomain" and channel[2].startswith("0:")
     assert f"1:{port}" in kernel.text("domains/0/inspect/evtchn")
     grants = kernel.text("domains/1/inspect/grants").splitlines()
     assert int(grants[0].split()[0]) == len(grants) - 2
@@ -114,7 +114,7 @@ def test_change_is_seen(machine):
     ino = kernel.walk(f"{GUEST}/data/x")
     assert kernel.text(f"{GUEST}/data/x") == "1"
     write("/local/domain/1/data/x", "two")
-    assert size(kernel, ino) == 0, "a computed file has no size"
+    assert size(kernel, ino) == 3
     assert kernel.text(f"{GUEST}/data/x") == "two"
     assert kernel.walk(f"{GUEST}/data/x") == ino, "the inode is stable while the kind is"
     assert kernel.names(f"{GUEST}/data") == [".", "..", "x", "y"]
@@ -222,15 +222,19 @@ def test_asking_for_attributes_is_cheap(machine, name):
     said, say = [], text.say
     text.say = lambda: said.append(name) or say()
     ino = kernel.walk(path)
-    assert size(kernel, ino) == 0 and kernel.names("domains/1/inspect") == [".", "..", "evtchn", "grants", "rings", "vbd"]
+    assert size(kernel, ino) == 0
+    assert kernel.names("domains/1/inspect") == [".", "..", "evtchn", "grants", "rings", "xenstore", "vbd"]
     assert said == []
     assert kernel.text(path) == say() and said == [name]
 
 
-@pytest.mark.parametrize("path", ["domains/0/inspect", "domains/1/inspect", "domains/2/inspect", "xenstore"])
-def test_private_directories(machine, path):
+PRIVATE = [("domains/0/inspect", 0o500), ("domains/1/inspect", 0o500), ("domains/2/inspect", 0o500), ("xenstore", 0o700)]
+
+
+@pytest.mark.parametrize(("path", "bits"), PRIVATE)
+def test_private_directories(machine, path, bits):
     """Goal: what a domain does, and every domain's store nodes, are for who serves the mount.  Method: the mode."""
-    assert mode(machine.kernel, machine.kernel.walk(path)) == stat.S_IFDIR | 0o500
+    assert mode(machine.kernel, machine.kernel.walk(path)) == stat.S_IFDIR | bits
     assert mode(machine.kernel, machine.kernel.walk("domains/1")) == stat.S_IFDIR | 0o555
 
 

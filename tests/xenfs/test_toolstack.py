@@ -109,7 +109,7 @@ def test_detach(seed):
             ]  # fmt: skip
             assert machine.tree() == before
         assert machine.world.toolstack.client.directory("/local/domain/1/device/vbd") == ["51712"]
-        assert machine.kernel.names("domains/1/dev") == [".", "..", "xvda"]
+        assert machine.kernel.names("domains/1/dev") == [".", "..", "xen", "xvda"]
         assert [front.node for _, front in machine.world.fronts()] == ["/local/domain/1/device/vbd/51712"]
         assert len(machine.world.backs()) == 1
 
@@ -164,7 +164,7 @@ def test_image_that_is_missing():
         error = machine.world.toolstack.client.read(f"/local/domain/0/error/backend/vbd/1/{IDENT}/error")
         assert error == "22 cannot open disk image /none: there is none"
         assert set(machine.states()[-2:]) == {"B=6", "F=6"}
-        assert machine.kernel.names("domains/1/dev") == [".", "..", "xvda"]
+        assert machine.kernel.names("domains/1/dev") == [".", "..", "xen", "xvda"]
         assert machine.kernel.read(machine.kernel.handle("domains/1/dev/xvda"), 0, 512).data == bytes(512)
 
 

@@ -93,7 +93,11 @@ feature= (n1)
 attr= (n1)
 error= (n1)
 domid=1
-*store=
+store=
+
+/local/domain/1/store (n0,r1)
+port=1
+*ring-ref=764417
 
 /local/domain/1/cpu (n0,r1)
 0=
@@ -197,9 +201,8 @@ specification=xen
 DIFFERENT: dict[str, tuple[str | None, str]] = {
     "multi-queue-max-queues": ("4", "Linux offers one per vCPU of dom0; here queues cost no vCPU"),
     "physical-device": (None, "only for block devices (see below); these targets are stand-ins"),
-    "ring-ref": ("NUMBER", "the data pages are granted before the ring, and no references are reserved"),
-    "event-channel": ("NUMBER", "no ports of a store ring, console, timer and IPIs come first"),
-    "store": (None, "the store has no ring yet"),
+    "ring-ref": ("NUMBER", "a disk's data pages are granted before its ring; of the store it is a frame number"),
+    "event-channel": ("NUMBER", "no ports of a console, timer and IPIs come first"),
     "1": (None, "one virtual CPU"),
     "feature-poweroff": ("", "written by the guest's control driver, which is not here yet"),
     "feature-reboot": ("", "the same"),

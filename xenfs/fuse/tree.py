@@ -1,18 +1,24 @@
 """tree.py: what a file under the mount is, for the session: one Node class whose operations refuse by default.
 
-A node raises OSError with the errno that the caller shall see. Operations that finish later (a disk's) answer through the
-session themselves; all others return what the session then sends. The tree holds its nodes; the session only numbers them.
+A node raises OSError with the errno that the caller shall see. Operations that may finish later (a disk's) answer through
+the session themselves; all others return what the session then sends. The tree holds its nodes; the session only numbers
+them. read, write, fsync, fallocate, flush, poll, interrupt and release are asked of what open() or create() returned as the
+handle, which may be the node itself or an object of its own; so is a setattr that came with the handle (ftruncate, fchmod).
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from xenfs.fuse.kernel import FOPEN_DIRECT_IO
+
+POLL_ALWAYS = select.POLLIN | select.POLLRDNORM | select.POLLOUT | select.POLLWRNORM  # the kernel's DEFAULT_POLLMASK
+NAME_MAX = 255  # no file has a longer name
 
 if TYPE_CHECKING:
     from xenfs.fuse.session import Session
@@ -23,6 +29,15 @@ class Opened(NamedTuple):
 
     handle: Node
     flags: int
+
+
+class Change(NamedTuple):
+    """What SETATTR asks for: `valid` (FATTR_*) says which of them, times are left out."""
+
+    valid: int
+    size: int
+    mode: int
+    same_owner: bool  # what FATTR_UID and FATTR_GID ask for is so already
 
 
 def refuse(number: int) -> OSError:
@@ -42,21 +57,67 @@ class Node:
     def size(self) -> int:
         return 0
 
+    def get_mode(self) -> int:
+        """For attributes: `mode`, or with permission bits that can change."""
+        return self.mode
+
+    def setattr(self, change: Change) -> None:
+        raise refuse(errno.EPERM)
+
+    # --- directories -----------------------------------------------------------------------------------------------------
+
     def lookup(self, name: bytes) -> Node | None:
         """The child of that name, or None."""
         raise refuse(errno.ENOTDIR)
 
     def entries(self) -> Iterable[tuple[bytes, Node]]:
+        """The children of this moment, though it may look at each when it is asked for."""
         raise refuse(errno.ENOTDIR)
+
+    def create(self, name: bytes, mode: int, flags: int) -> tuple[Node, Opened]:
+        """The file of that name, open. Linux knew of none; with O_EXCL in `flags` one that is there is EEXIST."""
+        raise refuse(errno.EPERM)
+
+    def mkdir(self, name: bytes, mode: int) -> Node:
+        raise refuse(errno.EPERM)
+
+    def unlink(self, name: bytes) -> None:
+        raise refuse(errno.EPERM)
+
+    def rmdir(self, name: bytes) -> None:
+        raise refuse(errno.EPERM)
+
+    def rename(self, name: bytes, target: Node, new_name: bytes) -> None:
+        """EXDEV makes mv(1) copy and remove."""
+        raise refuse(errno.EPERM)
+
+    # --- links, extended attributes --------------------------------------------------------------------------------------
 
     def readlink(self) -> bytes:
         raise refuse(errno.EINVAL)
 
+    def getxattr(self, name: bytes) -> bytes:
+        """Not ENOSYS, here and below: Linux would ask no node of the mount again."""
+        raise refuse(errno.ENODATA)
+
+    def setxattr(self, name: bytes, value: bytes, flags: int) -> None:
+        """`flags`: os.XATTR_CREATE, os.XATTR_REPLACE."""
+        raise refuse(errno.EOPNOTSUPP)
+
+    def listxattr(self) -> list[bytes]:
+        return []
+
+    def removexattr(self, name: bytes) -> None:
+        raise refuse(errno.ENODATA)
+
+    # --- open files ------------------------------------------------------------------------------------------------------
+
     def open(self, flags: int) -> Opened:
+        """O_TRUNC is a setattr() of the size that follows at once, of the node."""
         return Opened(self, 0)
 
-    def read(self, session: Session, unique: int, offset: int, size: int) -> None:
-        """Answer with session.send_data() now or later."""
+    def read(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
+        """Answer with session.send_data() now or later. `flags` are the file's at this moment: O_NONBLOCK, say."""
         raise refuse(errno.EINVAL)
 
     def write(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
@@ -69,16 +130,20 @@ class Node:
     def fallocate(self, session: Session, unique: int, offset: int, length: int, mode: int) -> None:
         raise refuse(errno.EOPNOTSUPP)
 
-    def setattr(self, valid: int, size: int) -> None:
-        """A change of the attributes in `valid` (FATTR_*)."""
-        raise refuse(errno.EPERM)
+    def flush(self, session: Session, unique: int) -> None:
+        """A descriptor was closed, and close(2) waits for the answer. Others may remain: `echo > file` closes one first."""
+        session.send_ok(unique)
+
+    def poll(self, session: Session, kh: int, schedule: bool) -> int:
+        """POLL* that hold now. If `schedule`, the node calls session.notify_poll(kh) once when they have changed."""
+        return POLL_ALWAYS
 
     def interrupt(self, unique: int) -> bool:
         """The caller of a request that is not answered yet wants out; True if it is given up (answered EINTR, or soon)."""
         return False
 
     def release(self) -> None:
-        """A handle that open() made is gone."""
+        """What open() or create() made is gone, with all its descriptors. Nobody waits for this, or hears of errors."""
 
     def landing(self) -> tuple[memoryview, memoryview] | None:
         """Where the data of the next WRITE shall land: 64 KiB, and what follows it. None: anywhere."""
@@ -132,7 +197,7 @@ class Snapshot(Node):
     def __init__(self, text: bytes) -> None:
         self.text = text
 
-    def read(self, session: Session, unique: int, offset: int, size: int) -> None:
+    def read(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
         session.send_data(unique, [self.text[offset : offset + size]])
 
 

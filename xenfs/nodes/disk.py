@@ -22,7 +22,7 @@ from blockdev.blkfront import Blkfront
 from blockdev.command import LARGE_BYTES, SMALL_BYTES, Command
 from xenfs.fuse.kernel import FATTR_GID, FATTR_MODE, FATTR_SIZE, FATTR_UID
 from xenfs.fuse.session import Session
-from xenfs.fuse.tree import Node, Opened, refuse
+from xenfs.fuse.tree import Change, Node, Opened, refuse
 from xenmodel.public.io.blkif import (
     BLKIF_OP_DISCARD,
     BLKIF_OP_READ,
@@ -80,11 +80,11 @@ class Disk(Node):
     def size(self) -> int:
         return self.bytes
 
-    def setattr(self, valid: int, size: int) -> None:
+    def setattr(self, change: Change) -> None:
         """As a block device takes O_TRUNC and times: without effect. It cannot grow, or change hands, from this side."""
-        if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
+        if change.valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
             raise refuse(errno.EPERM)
-        if valid & FATTR_SIZE and size > self.bytes:
+        if change.valid & FATTR_SIZE and change.size > self.bytes:
             raise refuse(errno.EINVAL)
 
     def open(self, flags: int) -> Opened:
@@ -94,7 +94,7 @@ class Disk(Node):
 
     # --- reads and writes of whole blocks: the short way ---------------------------------------------------------------
 
-    def read(self, session: Session, unique: int, offset: int, size: int) -> None:
+    def read(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
         self.session = session
         if offset + size > self.bytes:
             size = max(0, self.bytes - offset)

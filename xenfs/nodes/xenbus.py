@@ -235,6 +235,7 @@ class XsFile(Node):
             self.buffer += write.data
             write.data = b""
         while self.talk is None and len(self.buffer) >= HEADER_BYTES:
+            self._take()  # what we put() ourselves does not overtake it
             kind, req_id, tx_id, length = SOCKMSG.unpack_from(self.buffer)
             end = HEADER_BYTES + length
             if end > BUFFER_BYTES:

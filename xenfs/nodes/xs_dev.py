@@ -41,9 +41,10 @@ class XsDevFile(XsFile):
         self.watches: dict[bytes, bytes] = {}  # token -> path
 
     def ask(self, request: Message) -> None:
+        tx_id = request.tx_id
         if request.type in (XsType.WATCH, XsType.UNWATCH):
             self._ask_watch(request._replace(tx_id=0))
-        elif request.type not in SERVED or request.tx_id not in (0, *self.peer.connection.transactions):
+        elif request.type not in SERVED or (tx_id and tx_id not in self.peer.connection.transactions):
             self.put_error(request, "EINVAL")
         else:
             self.send(request, self.put)

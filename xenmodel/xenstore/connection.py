@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from xenmodel.public.io.xs_wire import XENSTORE_PAYLOAD_MAX
 from xenmodel.types import Domid
 from xenmodel.xenstore import path as paths
-from xenmodel.xenstore.domain import DomainRecord
+from xenmodel.xenstore.domain import Cause, DomainRecord
 from xenmodel.xenstore.errors import XsErrno, XsError, shown
 from xenmodel.xenstore.perms import CONTROL_DOMAIN, MAY_READ, Perm
 from xenmodel.xenstore.quota import Quota
@@ -46,6 +46,7 @@ class Connection:
         self._domains = store.domains
         self._events = EventQueue()
         self._watch_bytes = 0
+        self._expiring = False  # a timer looks after the events
         self._next_tx = 1
         self._dispatching = False
 
@@ -124,7 +125,7 @@ class Connection:
         while tx in self.transactions:
             tx = tx % _TX_MAX + 1
         self._next_tx = tx % _TX_MAX + 1
-        self.transactions[tx] = Transaction(self._store.tree, limits.transaction_nodes)
+        self.transactions[tx] = Transaction(self._store.tree, limits.transaction_nodes, self.refusal)
         self._store.open_transactions += 1
         return tx
 
@@ -167,7 +168,7 @@ class Connection:
         self._watch_bytes += len(name) + len(token)
         self.watches[name, token] = watch
         self._store.watches.add(watch)
-        self.queue_event(watch, name)
+        self.queue_event(watch, name)  # which the daemon does not count with the request
 
     def unwatch(self, path: str, token: str) -> None:
         """ENOENT also for what could not be the path of a watch."""
@@ -201,12 +202,13 @@ class Connection:
     def pending_events(self) -> int:
         return len(self._events)
 
-    def queue_event(self, watch: Watch, path: str) -> None:
+    def queue_event(self, watch: Watch, path: str, cause: Cause | None = None) -> None:
         """Called by the store. While dispatch() runs its result tells the loop, otherwise `wake` does."""
         was_idle = not self._events
-        self._events.push(watch, path, self._store.clock(), self._store.cause)
+        self._events.push(watch, path, self._store.clock(), cause)
         if was_idle:
-            if self.limits.watches:  # a domain's: nobody pays for its events for ever
+            if self.domid != CONTROL_DOMAIN and not self._expiring:  # nobody pays for its events for ever
+                self._expiring = True
                 self._store.expire_events(self)
             if not self._dispatching:
                 self._store.notify(self)
@@ -214,7 +216,9 @@ class Connection:
     def expire(self, before: float) -> float | None:
         """Drop the events nobody has taken since `before`; since when the oldest of the others waits."""
         self._events.expire(before)
-        return self._events.oldest()
+        oldest = self._events.oldest()
+        self._expiring = oldest is not None
+        return oldest
 
     def dispatch(self, budget: int = 1) -> bool:
         """Deliver at most `budget` events; True if more are queued. on_event may call anything, also close().

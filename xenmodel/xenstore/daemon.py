@@ -49,7 +49,7 @@ class Xenstored:
         self.counts: Counter[int] = Counter()  # requests by type
         self.rings: dict[Domid, _Served] = {}
         self.own_port = 0  # domain 0's end of its channel
-        self._stalled: dict[Peer, None] = {}
+        self._stalled: dict[DomainRecord, dict[Peer, None]] = {}
 
     def peer(self, domid: Domid, flush: Callable[[], None]) -> Peer:
         """A new client of a domain behind a stream of bytes."""
@@ -142,17 +142,15 @@ class Xenstored:
 
     # --- the server itself --------------------------------------------------------------------------------------------
 
-    def stall(self, peer: Peer, quota: str, why: str) -> None:
+    def stall(self, peer: Peer) -> None:
         """A domain has to wait until others have read what it caused."""
-        if peer not in self._stalled:
-            self._stalled[peer] = None
-            peer.connection.record.refuse(quota, why)
-            peer.connection.record.relieved = self._relieve
+        record = peer.connection.record
+        self._stalled.setdefault(record, {})[peer] = None
+        record.relieved = lambda: self._relieve(record)
 
-    def _relieve(self) -> None:
-        """Something outstanding is not any more: let those that wait look again."""
-        for peer in list(self._stalled):
-            del self._stalled[peer]
+    def _relieve(self, record: DomainRecord) -> None:
+        """Something outstanding is not any more: let its connections look again."""
+        for peer in self._stalled.pop(record):
             self.store.notify(peer.connection)
 
     def reload(self, force: bool) -> str:

@@ -9,6 +9,7 @@ gone to their readers. Who has too many is not read from; that is how a domain p
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from xenmodel.xenstore.transaction import Tree
 
 log = logging.getLogger("xenstored")
+WARN_PAUSE_S = 30.0  # between two lines in the log about one domain's memory
 
 # What a ring page says of the server, until SET_FEATURE takes something away.
 FEATURES = (
@@ -65,6 +67,7 @@ class DomainRecord:
     credit: float = 0.0  # writes; below 0 it has to wait
     credit_at: float = 0.0  # when `credit` was right, seconds
     soft_warned: bool = False
+    warned_at: float = -math.inf
     refused: dict[str, Refusal] = field(default_factory=dict)  # by the quota's name
 
     def refuse(self, quota: str, what: str) -> None:
@@ -152,15 +155,16 @@ class Domains:
     def check_memory(self, domid: Domid, grown: int, what: str) -> None:
         """ENOMEM if `grown` more bytes are too many for a domain; a warning in the log if they are near to that."""
         limits = self.limits(domid)
-        if not (limits.memory or limits.soft_memory):
+        if not (limits.memory or limits.soft_memory) or domid >= DOMID_FIRST_RESERVED:  # DOMID_ANY may own nodes
             return
         total, record = self.usage(domid).memory + grown, self.record(domid)
         if exceeds(total, limits.memory):
             text = f"domain {domid} would use {total} bytes with {what}, more than {limits.memory}"
             record.refuse("memory", text)
             raise XsError(XsErrno.ENOMEM, text, "memory")
-        if exceeds(total, limits.soft_memory) != record.soft_warned:
-            record.soft_warned = not record.soft_warned
+        now = self.credit.clock()
+        if exceeds(total, limits.soft_memory) != record.soft_warned and now - record.warned_at >= WARN_PAUSE_S:
+            record.soft_warned, record.warned_at = not record.soft_warned, now
             over = "exceeds" if record.soft_warned else "is below"
             log.warning("domain %d %s its soft memory quota of %d bytes", domid, over, limits.soft_memory)
 

@@ -11,8 +11,9 @@ otherwise; a quote is not. That is unambiguous: no path has a blank, and the per
 no value. Lines that begin with # and empty lines mean nothing, but a first line that gives another version of the
 format is an error.
 
-Used by xenfs/storecmd.py. Pure: the lines come from and go to the caller. Invariant: parse() undoes format_node() for
-any canonical path, value and permissions; it yields each path at most once, and keeps no more than the paths.
+Used by upkeep.py for a live update and by xenfs/storecmd.py. Pure: the lines come from and go to the caller.
+Invariant: parse() undoes format_node() for any canonical path, value and permissions; it yields each path at most once,
+and keeps no more than the paths.
 Left out: what xenstore-ls prints without -f or without -p, which says less than a node has.
 """
 

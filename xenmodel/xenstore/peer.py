@@ -22,7 +22,7 @@ from xenmodel.xenstore.domain import Cause
 from xenmodel.xenstore.errors import XsErrno, XsError
 from xenmodel.xenstore.perms import CONTROL_DOMAIN
 from xenmodel.xenstore.requests import HANDLERS, NO_TRANSACTION, PRIVILEGED
-from xenmodel.xenstore.wire import Message, Parser, ProtocolError, join, pack
+from xenmodel.xenstore.wire import MESSAGE_MAX, Message, Parser, ProtocolError, join, pack
 
 if TYPE_CHECKING:
     from xenmodel.xenstore.daemon import Xenstored
@@ -46,6 +46,8 @@ class Peer:
         self._record = self.connection.record
         self._parser = Parser()
         self._busy = self._dirty = False
+        self._held = ""  # the quota that is in the way
+        self._timed = False  # a timer will look whether it still is
         self._replies: deque[tuple[int, Cause]] = deque()  # where in the stream each ends
         self._sent = self._made = 0  # bytes of the stream
         self.connection.on_event = self._event
@@ -59,11 +61,8 @@ class Peer:
 
     @property
     def wants_input(self) -> bool:
-        if self.failed or self.connection.closed or len(self.out) >= OUT_MOST:
-            return False
-        if self.connection.domid == CONTROL_DOMAIN:
-            return True
-        return self._may_go_on()
+        """Should the carrier read more of the stream? Not before what it has brought is nearly served."""
+        return self._parser.pending < MESSAGE_MAX and self._may_serve()
 
     @property
     def backlog(self) -> int:
@@ -86,11 +85,12 @@ class Peer:
     def fail(self, error: int) -> None:
         """The stream is lost. Nothing of it is served any more, and what it held is given back."""
         self.failed = error
-        self.out.clear()
         self.close()
 
     def close(self) -> None:
+        """The connection ends. Nothing more goes to the carrier: its page may be somebody else's by now."""
         self.connection.close()
+        self.out.clear()
         while self._replies:
             self._replies.popleft()[1].done()
 
@@ -103,7 +103,7 @@ class Peer:
         self._busy = True
         try:
             for _ in range(TURN):
-                if not self.wants_input:
+                if not self._parser.pending or not self._may_serve():
                     return
                 message = self._parser.next()
                 if message is None:
@@ -158,33 +158,52 @@ class Peer:
             raise XsError(XsErrno.E2BIG, f"a reply of {len(reply)} bytes")
         return reply
 
+    def _may_serve(self) -> bool:
+        if self.failed or self.connection.closed or len(self.out) >= OUT_MOST:
+            return False
+        return self.connection.domid == CONTROL_DOMAIN or self._may_go_on()
+
     def _may_go_on(self) -> bool:
-        """Is this domain to be read from? If not, it is looked at again when that may have changed."""
-        record, limits, timers = self._record, self.connection.limits, self.store.timers
+        """Is this domain to be served? If not, it gets a turn when that may have changed."""
+        record, limits = self._record, self.connection.limits
         if limits.outstanding and record.outstanding >= limits.outstanding:
-            self.daemon.stall(self, "outstanding", f"{record.outstanding} requests are outstanding")
-            return False
-        wait_s = self.store.domains.credit.wait_s(record) if record.credit < 0 else 0.0
-        if wait_s > 0:
-            record.refuse("write-rate", f"waits {wait_s:.3f} s for the next write")
-            timers.add(timers.clock() + wait_s, lambda: self.store.notify(self.connection))
-            return False
+            self.daemon.stall(self)
+            return self._hold("outstanding", f"{record.outstanding} requests are outstanding")
+        if record.credit < 0 and (wait_s := self.store.domains.credit.wait_s(record)) > 0:
+            self._look_again_in(wait_s)
+            return self._hold("write-rate", f"waits {wait_s:.3f} s for the next write")
         if limits.memory and self.store.usage(record.domid).memory >= limits.memory:
-            record.refuse("memory", f"not read from while it uses more than {limits.memory} bytes")
-            timers.add(timers.clock() + MEMORY_RETRY_S, lambda: self.store.notify(self.connection))
-            return False
+            self._look_again_in(MEMORY_RETRY_S)
+            return self._hold("memory", f"not read from while it uses {limits.memory} bytes or more")
+        self._held = ""
         return True
+
+    def _hold(self, quota: str, why: str) -> bool:
+        """False; counted once however often one asks meanwhile."""
+        if self._held != quota:
+            self._held = quota
+            self._record.refuse(quota, why)
+        return False
+
+    def _look_again_in(self, seconds: float) -> None:
+        """One timer at a time: each brings a turn, and a turn asks again."""
+        if not self._timed:
+            self._timed = True
+            self.store.timers.add(self.store.clock() + seconds, self._look_again)
+
+    def _look_again(self) -> None:
+        self._timed = False
+        self.store.notify(self.connection)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """The hypervisor's loop has come to us: go on with what had to wait."""
-        if not self._busy and not self.failed:
-            before = len(self.out)
-            if self._parser.pending:
-                self._run()
-            if len(self.out) > before or self.wants_input:
-                self._flush_soon()
+        """The hypervisor's loop has come to us: go on with what had to wait, but after the turn.
+
+        Within it connection.dispatch() cannot be entered again, and a request's own events would be late.
+        """
+        if not self._busy and not self.connection.closed:
+            self._flush_soon()
 
     def _event(self, path: str, token: str) -> None:
         self._send(XsType.WATCH_EVENT, 0, 0, join(path, token))
@@ -201,6 +220,7 @@ class Peer:
 
     def _flush_now(self) -> None:
         self._dirty = False
+        self._run()
         self.flush()
 
     def _send(self, kind: int, req_id: int, tx_id: int, body: bytes) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from xenmodel.public.io.xs_wire import XsType
+from xenmodel.public.io.xs_wire import XENSTORE_SERVER_FEATURE_WATCHDEPTH, XsType
 from xenmodel.public.xen import DOMID_SELF
 from xenmodel.types import Domid
 from xenmodel.xenstore import control
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 Handler = Callable[["Peer", int, bytes], bytes]
 OK = b"OK\0"
-_NUMBER = re.compile(rb"[ \t\n\v\f\r]*([+-]?[0-9]{1,18})")
+_NUMBER = re.compile(rb"[ \t\n\v\f\r]*([+-]?[0-9]+)")
+_LONG = 1 << 63
 
 
 def text(data: bytes) -> str:
@@ -49,9 +50,10 @@ def several(body: bytes, least: int, most: int = 10**6) -> list[bytes]:
 
 
 def number(data: str | bytes) -> int:
-    """atoi(): what there is of a number at the beginning, or 0."""
+    """atoi(): what there is of a number at the beginning, or 0; a long that is made an int."""
     match = _NUMBER.match(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
-    return int(match[1]) if match else 0
+    value = min(max(int(match[1]), -_LONG), _LONG - 1) if match else 0
+    return ((value + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
 
 
 def domain_id(data: str | bytes) -> Domid:
@@ -107,7 +109,8 @@ def _set_perms(peer: Peer, tx: int, body: bytes) -> bytes:
 
 
 def _watch(peer: Peer, tx: int, body: bytes) -> bytes:
-    path, token, *depth = several(body, 2, 3)
+    offered = peer.connection.record.features & XENSTORE_SERVER_FEATURE_WATCHDEPTH
+    path, token, *depth = several(body, 2, 3 if offered else 2)
     peer.connection.watch(text(path), text(token), number(depth[0]) if depth else None)
     return OK
 
@@ -182,9 +185,9 @@ def _is_domain_introduced(peer: Peer, tx: int, body: bytes) -> bytes:
 
 
 def _get_feature(peer: Peer, tx: int, body: bytes) -> bytes:
-    parts = several(body, 0, 1)
-    if parts and peer.connection.domid != CONTROL_DOMAIN:
+    if b"\0" in body and peer.connection.domid != CONTROL_DOMAIN:
         raise XsError(XsErrno.EACCES, f"domain {peer.connection.domid} may not ask about others")
+    parts = several(body, 0, 1)
     record = peer.daemon.existing(domain_id(parts[0])) if parts else peer.connection.record
     return b"%d\0" % record.features
 

@@ -52,7 +52,8 @@ class StoreRing:
 
     def kicked(self) -> None:
         """The guest has sent an event."""
-        if self.words[_WORD["connection"]] == xs_wire.XENSTORE_RECONNECT:
+        offered = self.peer.connection.record.features & xs_wire.XENSTORE_SERVER_FEATURE_RECONNECTION
+        if offered and self.words[_WORD["connection"]] == xs_wire.XENSTORE_RECONNECT:
             self.reset()
         else:
             self.pump()
@@ -63,7 +64,7 @@ class StoreRing:
         try:
             for _ in range(ROUNDS):
                 moved |= self._drain(peer)
-                if not (peer.wants_input and self.requests.waiting()):
+                if not (self.requests.waiting() and peer.wants_input):
                     break
                 peer.receive(self.requests.read())
                 moved = True
@@ -73,7 +74,7 @@ class StoreRing:
         except PeerFault as fault:
             peer.daemon.log(f"domain {self.domid}: its xenstore ring: {fault}")
             peer.fail(xs_wire.XENSTORE_ERROR_RINGIDX)
-        if peer.failed:
+        if peer.failed and self.words[_WORD["error"]] != peer.failed:
             self.words[_WORD["error"]] = peer.failed
             moved = True
         if moved:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from xenmodel.public.xen import DOMID_ANY, DOMID_FIRST_RESERVED
+from xenmodel.public.xen import DOMID_ANY
 from xenmodel.timers import Timers
 from xenmodel.types import Domid
 from xenmodel.xenstore import path as paths
@@ -302,7 +302,7 @@ class Store:
             self.domains.charge(domid)
 
     def expire_events(self, connection: Connection) -> None:
-        """Called when a domain's connection has an event: see in a while whether it was taken."""
+        """Called once when a domain's connection has an event: see in a while whether it was taken, until none is left."""
 
         def look() -> None:
             oldest = connection.expire(self.clock() - EVENT_TIMEOUT_S)
@@ -374,7 +374,7 @@ class Store:
                     or (now is not None and (self._may_read(domid, now) or self._may_read(domid, now_parent)))
                     or (direct and then is not None and self._may_read(domid, parent))
                 ):
-                    watch.connection.queue_event(watch, path)
+                    watch.connection.queue_event(watch, path, self.cause)
 
     def _may_read(self, domid: Domid, node: Node | None) -> bool:
         if node is None:
@@ -392,10 +392,4 @@ class Store:
         found += [(watch, detailed) for watch in self.watches.at(detailed)]
         for watch, path in found:
             if self.domains.granted(self.tree.live_perms(node), watch.connection.domid) & MAY_READ:
-                watch.connection.queue_event(watch, path)
-
-
-def _real_domid(domid: Domid) -> Domid:
-    if not 0 <= domid < DOMID_FIRST_RESERVED:
-        raise XsError(XsErrno.EINVAL, f"{domid} is not the domid of a domain")
-    return domid
+                watch.connection.queue_event(watch, path, self.cause)

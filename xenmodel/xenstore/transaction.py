@@ -15,6 +15,7 @@ the first child added to or removed from a directory that a transaction looked a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from xenmodel.types import Domid
@@ -155,12 +156,13 @@ class View:
         self.put(path, new)
 
     def change_children(self, path: str, node: Node, add: str = "", remove: str = "") -> None:
+        """A transaction may have looked at a node and its parent at different moments: then they need not agree."""
         children = dict(node.children) if node.shared else node.children
         children_bytes = node.children_bytes
-        if add:
+        if add and add not in children:
             children[add] = None
             children_bytes += len(add) + 1
-        if remove:
+        if remove in children:
             del children[remove]
             children_bytes -= len(remove) + 1
         self.put(path, Node(node.value, self.live_perms(node), self.tree.tick(), children, children_bytes))
@@ -183,10 +185,11 @@ class Direct(View):
 class Transaction(View):
     """Nodes as they were when first looked at, with changes of its own on top until commit()."""
 
-    def __init__(self, tree: Tree, node_limit: int) -> None:
+    def __init__(self, tree: Tree, node_limit: int, refusal: Callable[[str, str], XsError]) -> None:
         super().__init__(tree)
         self.memory = 0  # what its copies of nodes count for
         self.node_limit = node_limit  # 0: none
+        self._refusal = refusal  # counts it with the domain
         self.seen: dict[str, int] = {}  # path -> generation it was first seen with, in that order
         self._nodes: dict[str, Node | None] = {}  # as the transaction sees them: every path in `seen`
         self._growth: dict[Domid, int] = {}
@@ -196,7 +199,7 @@ class Transaction(View):
             return self._nodes[path]
         if self.node_limit and len(self.seen) >= self.node_limit:
             self.failed = True
-            raise XsError(XsErrno.ENOSPC, f"more than {self.node_limit} nodes in one transaction", "transaction-nodes")
+            raise self._refusal("transaction-nodes", f"more than {self.node_limit} nodes in one transaction")
         node = self._nodes[path] = self.tree.nodes.get(path)
         if node is None:
             self.seen[path] = ABSENT

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from xenmodel.xenstore.connection import Connection
 
 EVENTS_PER_WATCH = 128
-
-
 EVENT_BYTES = 16  # of an event's header, for the quota on memory
 
 
