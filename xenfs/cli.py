@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from xenfs import __version__
+from xenfs import __version__, storecmd
 from xenfs.config import ConfigError, load_configs
 
 
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "line: mkfs, mount, ping, a file by HTTP, unmount, fsck. Needs root; cleans up after itself.",
     )
     demo.add_argument("--keep", action="store_true", help="leave the scratch directory behind")
+    storecmd.add_commands(commands)
     return top
 
 
@@ -79,6 +80,8 @@ def _run(argv: Sequence[str] | None) -> int:
     logging.basicConfig(
         level=options.log_level.upper(), format="%(name)s: %(levelname)s: %(message)s", stream=sys.stderr
     )
+    if options.command in ("store", "quota"):
+        return storecmd.run(options)
     # these need libfuse, which --help and a wrong configuration should not
     from blockdev.storage import StorageError
     from netdev.netlink import NetlinkError

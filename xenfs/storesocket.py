@@ -34,6 +34,7 @@ TURN_S = 0.001
 LOOK_S = 50e-6
 BACKLOG = 64
 CLIENTS_MOST = 4096
+RETRY_S = 0.5  # until it looks whether there are descriptors again
 SUN_PATH_MAX = 107  # sizeof(sockaddr_un.sun_path), without the NUL
 
 
@@ -123,6 +124,7 @@ class StoreSocket:
         self._made_directory: Path | None = None
         self._file = (0, 0)  # device and inode of the socket
         self._accepting = False
+        self._starved = False  # said that there are no descriptors
 
     def listen(self, path: Path) -> None:
         """SocketError if that cannot be. A socket that nobody listens on any more is replaced, anything else is not."""
@@ -144,7 +146,7 @@ class StoreSocket:
             self.path, self._file = path, (status.st_dev, status.st_ino)
             listener.listen(BACKLOG)
         except OSError as error:
-            self.close()
+            self._unlisten()
             if isinstance(error, SocketError):
                 raise
             raise SocketError(error.errno, f"cannot listen at {path}: {error.strerror}") from error
@@ -190,10 +192,15 @@ class StoreSocket:
         except (BlockingIOError, ConnectionError, InterruptedError):
             return
         except OSError as error:
-            # no descriptors are left: those that wait are served when another client goes
-            log.error("a client of the store has to wait: %s", error)
+            # no descriptors are left: those that wait are served when another client goes, or somebody else gives some back
+            if not self._starved:
+                log.error("a client of the store has to wait: %s", error)
+            self._starved = True
             self._stop_accepting()
+            timers = self.daemon.store.timers
+            timers.add(timers.clock() + RETRY_S, self._accept_again)
             return
+        self._starved = False
         sock.setblocking(False)
         self.clients[sock.fileno()] = Client(sock, self.daemon, self._epoll, self._closed)
         if len(self.clients) >= CLIENTS_MOST:
@@ -205,7 +212,7 @@ class StoreSocket:
             self._epoll.unregister(self._listener.fileno())
 
     def _accept_again(self) -> None:
-        if not self._accepting and self._listener is not None:
+        if not self._accepting and self._listener is not None and len(self.clients) < CLIENTS_MOST:
             self._accepting = True
             self._epoll.register(self._listener.fileno(), select.EPOLLIN)
 
@@ -217,6 +224,11 @@ class StoreSocket:
         """End all connections and take the socket away, if it is still ours."""
         for client in list(self.clients.values()):
             client.close()
+        self._unlisten()
+        if not self._epoll.closed:
+            self._epoll.close()
+
+    def _unlisten(self) -> None:
         if self._listener is not None:
             self._stop_accepting()
             self._listener.close()
@@ -235,8 +247,6 @@ class StoreSocket:
             except OSError as error:
                 log.info("%s stays: %s", self._made_directory, error.strerror)
             self._made_directory = None
-        if not self._epoll.closed:
-            self._epoll.close()
 
 
 def _remove_stale(path: Path) -> None:

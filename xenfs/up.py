@@ -7,6 +7,7 @@ is still done.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from xenfs.host import HostError, World
 from xenfs.network import Bridge
 from xenfs.nodes.disk import Disk
 from xenfs.storecmd import SOCKET_SUFFIX
+from xenfs.storesocket import SocketError
 
 log = logging.getLogger("xenfs.up")
 
@@ -69,7 +71,7 @@ def up(
             world.create(config)
             world.settle()
         world.check_connected()
-        world.store.socket.listen(Path(store_socket or os.path.abspath(mountpoint) + SOCKET_SUFFIX))
+        _listen(world, mountpoint, store_socket)
         everyone = os.geteuid() == 0 if allow_other is None else allow_other
         mounted = mount(mountpoint, fsname="xenfs", allow_other=everyone)
         try:
@@ -84,6 +86,16 @@ def up(
         raise HostError("a disk operation has not finished: its outcome is not known")
     if world.vifs.network.left:
         raise HostError("not all of it could be taken away from the host's network")
+
+
+def _listen(world: World, mountpoint: str, path: str | None) -> None:
+    """Xenstored's socket where it was asked for, or beside the mount if we may write there."""
+    try:
+        world.store.socket.listen(Path(path or os.path.abspath(mountpoint) + SOCKET_SUFFIX))
+    except SocketError as error:
+        if path is not None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+            raise
+        log.warning("no socket of xenstored: %s; choose a path with --xenstored-socket", error)
 
 
 async def _serve(world: World, mounted: Mount) -> HostError | None:

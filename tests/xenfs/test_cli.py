@@ -112,7 +112,8 @@ def test_bridges(monkeypatch, tmp_path):
     (tmp_path / "a.cfg").write_text('name = "a"\nvif = [ "" ]\n')
     words = ["--bridge", "xenbr0=10.0.0.1/24,fd00::1/64", "--bridge=other"]
     assert main(["up", "--mount", "m", *words, str(tmp_path / "a.cfg")]) == 0
-    ((guests, mountpoint, allow_other, bridges, store_socket),) = served
+    ((guests, mountpoint, allow_other, bridges, socket),) = served
     assert ([guest.name for guest in guests], mountpoint, allow_other) == (["a"], "m", None)
     assert [(vif.devid, vif.bridge, vif.ip, vif.mtu) for vif in guests[0].vifs] == [(0, "xenbr0", (), 1500)]
+    assert socket is None, "the default depends on the mount"
     assert bridges == [Bridge("xenbr0", ("10.0.0.1/24", "fd00::1/64")), Bridge("other")]

@@ -92,6 +92,23 @@ def test_append(shell: Shell) -> None:
     assert shell.store_value("x") == b"f"
 
 
+def test_append_to_a_new_file(shell: Shell) -> None:
+    """Goal: of several that append to a node that is not there yet none is lost.
+    Method: two find it missing, or it is emptied by the first; the second writes before the first does."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    for more in (0, os.O_TRUNC):
+        if more:
+            shell.store.write(f"{WHERE}/x", b"old")
+        one, two = shell.open("x", flags | more), shell.open("x", flags)
+        assert shell.write(two, 0, b"2" if not more else b"\0", flags) == 0
+        assert shell.write(one, 0, b"1\n", flags) == 0
+        assert shell.write(two, 0, b"2\n", flags) == 0
+        assert shell.store_value("x") == (b"old\x0012" if more else b"212")
+    with shell.redirect("x") as file:
+        assert shell.write(file, 0, b"1\n", os.O_APPEND) == 0
+    assert shell.store_value("x") == b"1"
+
+
 def test_truncation_without_a_write(shell: Shell) -> None:
     """Goal: `: > x` empties the node, once, when it is closed; a first close of many does not count, fsync does.
     Method: the redirection alone; then with fsync and a look before the close."""

@@ -91,11 +91,12 @@ class OpenValue(Node):
 
     def _before(self, append: bool) -> tuple[bytes, bool]:
         """What a write is a change of. Others' writes count until our first one, and for O_APPEND always."""
-        if self.written is None or (append and self.sent is not None):
-            value = self.tree.read(self.path)
-            if self.written is None or value != self.sent:
-                return value, False
-        return self.written, self.ends_here
+        if self.written is not None and not append:
+            return self.written, self.ends_here
+        value = self.tree.read(self.path)
+        if self.written is not None and value == (self.found if self.sent is None else self.sent):
+            return self.written, self.ends_here  # nobody else wrote
+        return value, False
 
     def _set(self, written: bytes, ends_here: bool) -> None:
         value = written[:-1] if ends_here and written.endswith(b"\n") else written

@@ -27,9 +27,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from xenfs.fuse.kernel import FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_PARALLEL_DIRECT_WRITES, FOPEN_STREAM
+from xenfs.fuse import kernel as k
 from xenfs.fuse.session import Session
-from xenfs.fuse.tree import Bytes, Node, Opened, refuse
+from xenfs.fuse.tree import Bytes, Change, Node, Opened, refuse
 from xenmodel.public.io.xs_wire import SOCKMSG, XSD_ERRORS, XsType
 from xenmodel.xenstore.peer import Peer
 from xenmodel.xenstore.wire import HEADER_BYTES, Message, join, pack
@@ -42,7 +42,7 @@ QUEUE_MOST = 256 * 1024  # unread bytes beyond which the store's output stays wi
 READABLE = select.POLLIN | select.POLLRDNORM
 WRITABLE = select.POLLOUT | select.POLLWRNORM
 # PARALLEL_DIRECT_WRITES: nobody waits because another writer does. It needs XsDevice.size.
-_FOPEN = FOPEN_DIRECT_IO | FOPEN_NONSEEKABLE | FOPEN_STREAM | FOPEN_PARALLEL_DIRECT_WRITES
+_FOPEN = k.FOPEN_DIRECT_IO | k.FOPEN_NONSEEKABLE | k.FOPEN_STREAM | k.FOPEN_PARALLEL_DIRECT_WRITES
 _ERRNO = {name: number for number, name in XSD_ERRORS}
 
 
@@ -368,6 +368,11 @@ class XsDevice(Node):
 
     def open(self, flags: int) -> Opened:
         return Opened(self.file(self), _FOPEN)
+
+    def setattr(self, change: Change) -> None:
+        """Programs open devices with O_TRUNC, and nothing comes of it."""
+        if not change.valid & k.FATTR_SIZE or change.valid & (k.FATTR_MODE | k.FATTR_UID | k.FATTR_GID) or change.size:
+            raise refuse(errno.EPERM)
 
     def stop(self) -> None:
         """The domain is gone: its connections are closed, and who waits has to learn of it."""
