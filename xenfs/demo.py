@@ -43,6 +43,7 @@ TOOLS = (
 )  # fmt: skip
 PACKAGES = "e2fsprogs, mount, util-linux, iproute2, iputils-ping, python3 and xenstore-utils"
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"  # not on everybody's PATH
+ALL = 1000  # lines: more than the store of two guests has
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -183,7 +184,7 @@ def _look_inside(scene: Scene, guest: str) -> None:
         scene.run("sh", "-c", f'cd mnt/xenstore/local/domain/0/backend/{device} && grep "" {keys}')
 
     scene.title("It is also a server: Xen's own tools speak to its socket")
-    listing = scene.run("env", "XENSTORED_PATH=mnt.xenstored", "xenstore-ls", "-f")
+    listing = scene.run("env", "XENSTORED_PATH=mnt.xenstored", "xenstore-ls", "-f", lines=ALL)
     if f'/name = "{guest}"' not in listing:
         raise StepError(f"the store does not list {guest}")
 

@@ -49,6 +49,17 @@ class Interrupted(KeyboardInterrupt):
     """SIGINT, SIGTERM or SIGHUP came."""
 
 
+def _real(words: Sequence[str]) -> list[str]:
+    """The word `xenfs` is this program, wherever it is installed."""
+    ours = [sys.executable, "-m", "xenfs"]
+    return [part for word in words for part in (ours if word == "xenfs" else [word])]
+
+
+def _environ() -> dict[str, str]:
+    package = str(Path(__file__).resolve().parents[1])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
+
+
 class Scene:
     """Commands run in `folder`, so their lines are short. `namespaces` are those that the server will make."""
 
@@ -85,47 +96,45 @@ class Scene:
         self.number += 1
         print(f"\n{self.number}. {text}", flush=True)
 
-    def run(self, *words: str) -> str:
+    def run(self, *words: str, lines: int = MOST_LINES) -> str:
         """Show a command, run it, show what it said, trimmed. Its standard output; StepError if it failed."""
         print(f"   $ {shlex.join(words)}", flush=True)
         with self._undisturbed():
             pipe = subprocess.PIPE
-            child = subprocess.Popen(words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+            child = subprocess.Popen(
+                _real(words), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=_environ()
+            )
             self.children.append(child)
         try:
             out, err = child.communicate(timeout=STEP_S)
         except subprocess.TimeoutExpired:
             raise StepError(f"`{shlex.join(words)}` did not end within {STEP_S:g} s") from None
         self.children.remove(child)
-        self._show(out)
+        self._show(out, lines)
         if child.returncode:
             raise StepError(f"`{shlex.join(words)}` ended with {child.returncode}: {err.strip()}")
         return out
 
-    def _show(self, text: str) -> None:
+    def _show(self, text: str, most: int = MOST_LINES) -> None:
         lines = [line for line in text.splitlines() if line]
-        for line in lines[:MOST_LINES]:
+        for line in lines[:most]:
             print(f"   {line[:MOST_COLUMNS]}")
-        if len(lines) > MOST_LINES:
-            print(f"   ... and {len(lines) - MOST_LINES} lines more")
+        if len(lines) > most:
+            print(f"   ... and {len(lines) - most} lines more")
         sys.stdout.flush()
 
     def start(self, *words: str, log: str, until: str) -> Process:
         """Start a command that goes on, and wait until it says `until`; what it says goes to the file `log`. A session of
-        its own keeps a terminal's Ctrl-C from it. The word `xenfs` is this program, wherever it is installed."""
+        its own keeps a terminal's Ctrl-C from it."""
         print(f"   $ {shlex.join(words)} &", flush=True)
-        ours = [sys.executable, "-m", "xenfs"]
-        real = [part for word in words for part in (ours if word == "xenfs" else [word])]
-        package = str(Path(__file__).resolve().parents[1])
-        paths = filter(None, (package, os.environ.get("PYTHONPATH")))
         with (self.folder / log).open("wb") as file, self._undisturbed():
             child = subprocess.Popen(
-                real,
+                _real(words),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                env=_environ(),
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
