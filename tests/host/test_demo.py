@@ -23,7 +23,7 @@ pytestmark = pytest.mark.host
 
 DEMO = [sys.executable, "-m", "xenfs", "demo"]
 REPOSITORY = Path(__file__).resolve().parents[2]
-TITLES = 14
+TITLES = 16
 GUESTS = ("guest1", "guest2")
 KEPT = ["disk.img", "fetched", "fs", "guest1.cfg", "guest2.cfg", "http.log", "mnt", "xenfs.log"]
 KILL_SERVER = """
@@ -105,6 +105,8 @@ def test_every_step(scratch):
         "$ mkfs.ext4 -q mnt/domains/guest1/dev/xvda", "$ e2fsck -fn", "state:4", "written through a ring",
         "$ unshare --net xenfs up", "in network namespace xenfs-guest2, bridge xenbr0, connected",
         "$ nsenter --net=/run/netns/xenfs-guest1 ping", "hotplug-status:connected", "feature-gso-tcpv4 1",
+        "$ env XENSTORED_PATH=mnt.xenstored xenstore-ls -f", '/local/domain/2/device/vif/0/state = "4"',
+        '/libxl/2/type = "pv"', "$ xenfs quota --mount mnt guest1",
     ):  # fmt: skip
         assert words in said
     assert said.count("3 packets transmitted, 3 received") == 4
