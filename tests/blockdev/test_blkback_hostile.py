@@ -197,7 +197,7 @@ def test_a_read_into_the_ring_itself() -> None:
     case.front.put(case.front.slot(READ, [(case.front.gref, 0, 7)]))
     case.front.push()
     assert case.disk.states()[1] == "6" and "req_prod" in (case.disk.errors()[1] or "")
-    assert case.world.dom0.maptrack.mappings == {}
+    assert case.world.for_devices.mappings() == []
     case.world.close()
 
 
@@ -232,5 +232,5 @@ def test_a_producer_that_jumped_before_the_backend_came() -> None:
     case.front.connect()
     assert case.disk.states()[1] == "6"
     assert case.disk.back.broken is not None and case.disk.back.queues == []
-    assert case.world.dom0.maptrack.mappings == {}
+    assert case.world.for_devices.mappings() == []
     case.world.close()

@@ -185,7 +185,7 @@ def test_the_domain_dies_with_requests_in_flight(reads: int) -> None:
     world.settle()
     while storage.release(lambda n: 0):
         world.settle()
-    assert footprint.grown() == []
+    assert footprint.grown() == [] and world.for_others.mappings() == [] and world.for_others.ports() == []
     assert world.backs.devices == {} and world.client.directory("/local/domain/0") == ["domid", "name"]
     world.hypervisor.close()
 
@@ -210,10 +210,10 @@ def test_its_directory_vanishes_and_the_frontend_does_not_care() -> None:
     front.push(3)
     world.client.rm(disk.back_node)
     world.settle()
-    assert storage.closed == 0 and len(world.dom0.maptrack.mappings) == 4
+    assert storage.closed == 0 and len(world.for_devices.mappings()) == 4
     while storage.release(lambda n: 0):
         world.settle()
-    assert world.dom0.maptrack.mappings == {} and world.dom0.events.channels == {}
+    assert world.for_devices.mappings() == [] and world.for_devices.ports() == []
     assert storage.closed == 1, "an image that stays open keeps its lock"
     world.close()
 

@@ -253,6 +253,6 @@ def test_a_device_with_a_small_cap(cap: int, delayed: bool) -> None:
         i = 5
         for j in range(3):
             assert bytes(pages[(round_ + i + j * 7) % 64][1][:512]) == bytes([(3 * (round_ + i) + j) % 251]) * 512
-        assert len(world.dom0.maptrack.mappings) <= cap + 1
+        assert len(world.for_devices.mappings()) <= cap + 1
         assert check_grants(world.hypervisor.domains.values()) == []
     world.close()

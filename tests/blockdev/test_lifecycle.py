@@ -13,7 +13,6 @@ from blockdev.storage import DelayedStorage, MemoryStorage
 from tests.blockdev.world import MIB, SECTORS, Disk, World
 from xenmodel.public.io.blkif import BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from xenmodel.testing import Footprint
-from xenmodel.types import Pfn
 from xenmodel.xenstore.errors import XsError
 
 READ, WRITE = BLKIF_OP_READ, BLKIF_OP_WRITE
@@ -85,7 +84,7 @@ def test_the_guest_closes_its_device(world: World) -> None:
     assert disk.states() == ("5", "5")
     release_all(world, storage)
     assert disk.states() == ("6", "6") and [c.status for c in commands] == [0, 0] and disk.done == commands
-    assert world.dom0.maptrack.mappings == {}
+    assert world.for_devices.mappings() == []
 
 
 @pytest.mark.parametrize("held", [0, 1, 12])
@@ -231,11 +230,10 @@ def test_two_hypervisors_in_one_process() -> None:
 def test_a_guest_scribbles_on_its_grant_table(world: World, persistent: bool, end: str) -> None:
     """Goal: entries that another program of the guest zeroed cost at most this device, and nothing leaks.
     Method: zero every entry that is not mapped at the moment; detach, or close and detach; footprints; another disk."""
-    assert world.guest.grants.end_access(world.guest.grants.grant_access(world.dom0.domid, Pfn(0)))  # now it has a table
     footprint = Footprint(world.hypervisor)
     disk = world.attach(offer=Offer(persistent=persistent))
     assert disk.works()
-    entries = world.guest.memory.run(Pfn(1)).cast("I")  # the first frame after shared_info is the table's
+    entries = world.guest.grants._frames[0]  # the guest's own memory
     zeroed = [entry.ref for entry in world.guest.grants.entries() if not entry.pins and entry.ref < 512]
     for ref in zeroed:
         entries[2 * ref] = entries[2 * ref + 1] = 0
@@ -257,7 +255,7 @@ def test_detach_with_all_transactions_used_up(world: World) -> None:
     states: list[tuple[str | None, str | None]] = []
     watch = world.client.watch(f"{disk.front_node}/state", lambda _path: states.append(disk.states()))
     greedy = world.hypervisor.store.connect(world.guest.domid)
-    for _ in range(world.hypervisor.store.quota.transactions):
+    for _ in range(world.hypervisor.store.domains.quota.transactions):
         greedy.transaction_start()
     with pytest.raises(XsError, match="transactions open"):
         greedy.transaction_start()

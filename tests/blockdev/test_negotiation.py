@@ -61,8 +61,8 @@ def test_a_backend_that_offers_nothing(world: World) -> None:
     assert disk.flush() == BLKIF_RSP_OKAY, "a flush that is not offered is one that is not needed"
     assert disk.discard(0, 4096) == BLKIF_RSP_EOPNOTSUPP
     assert disk.back.queues[0].statistics.rd_req == 2 * 24, "a megabyte is 24 requests of 11 pages"
-    assert world.dom0.maptrack.mappings.keys() == {m.handle for m in world.dom0.maptrack.mappings.values()}
-    assert len(world.dom0.maptrack.mappings) == 1, "only the ring stays mapped"
+    ring = world.client.read_int(f"{disk.front_node}/ring-ref", -1)
+    assert [mapping.ref for mapping in world.for_devices.mappings()] == [ring], "only the ring stays mapped"
 
 
 FEATURES = list(itertools.product([True, False], repeat=4))

@@ -15,6 +15,7 @@ from blockdev.blkfront import Blkfront, Want
 from blockdev.command import Command
 from blockdev.storage import Backing, MemoryStorage, Storage, StorageError
 from blockdev.vdev import parse_vdev
+from tests.sim.holdings import HeldSince
 from xenfs.config import GuestConfig
 from xenfs.diskspec import DiskSpec
 from xenfs.probe import Probe
@@ -145,7 +146,10 @@ class Disk:
 
 
 class World:
-    """`fronts`/`backs`: whether a Probe makes the drivers of that side; without one a test plays that part itself."""
+    """`fronts`/`backs`: whether a Probe makes the drivers of that side; without one a test plays that part itself.
+
+    `for_others` is what domain 0 holds for other domains, `for_devices` without the guest's xenstore ring: ask that one
+    while the guest lives."""
 
     def __init__(
         self,
@@ -162,10 +166,12 @@ class World:
         self.plans: dict[str, Plan] = {}
         self.disks: dict[str, Disk] = {}
         self.dom0 = self.toolstack.create_dom0(8)
+        self.for_others = HeldSince(self.dom0)
         self.backs = Probe(self.dom0, self._kernel(self.dom0), "backend", {"vbd": self._make_back} if backs else {})
         self.backs.start()
         config = GuestConfig("", "guest", "uuid", maxmem_mib=guest_mib, max_grant_frames=max_grant_frames)
         self.guest = self.toolstack.create(config)
+        self.for_devices = HeldSince(self.dom0)
         self.guest_client = self._kernel(self.guest)
         self.fronts = Probe(self.guest, self.guest_client, "device", {"vbd": self._make_front} if fronts else {})
         self.fronts.added = self._added

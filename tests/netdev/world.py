@@ -15,6 +15,7 @@ from netdev.cable import Cable, MemoryPort
 from netdev.link import MORE, FramePort, Plug, PortError
 from netdev.netback import Netback, Offer
 from netdev.netfront import Netfront, Want
+from tests.sim.holdings import HeldSince
 from xenfs.config import GuestConfig
 from xenfs.probe import Probe
 from xenfs.toolstack import Toolstack
@@ -105,7 +106,10 @@ class Vif:
 
 
 class NetWorld:
-    """`fronts`/`backs`: whether a Probe makes the drivers of that side; without one a test plays that part itself."""
+    """`fronts`/`backs`: whether a Probe makes the drivers of that side; without one a test plays that part itself.
+
+    `for_others` is what domain 0 holds for other domains, `for_devices` without the guest's xenstore ring: ask that one
+    while the guest lives."""
 
     def __init__(
         self,
@@ -125,9 +129,11 @@ class NetWorld:
         self.now = 1000.0
         self.vifs: dict[str, Vif] = {}
         self.dom0 = self.toolstack.create_dom0(8)
+        self.for_others = HeldSince(self.dom0)
         self.backs = Probe(self.dom0, self._kernel(self.dom0), "backend", {"vif": self._make_back} if backs else {})
         self.backs.start()
         self.guest = self.toolstack.create(GuestConfig("", "guest", "uuid", maxmem_mib=guest_mib))
+        self.for_devices = HeldSince(self.dom0)
         self.guest_client = self._kernel(self.guest)
         self.fronts = Probe(self.guest, self.guest_client, "device", {"vif": self._make_front} if fronts else {})
         self.fronts.start()

@@ -3,10 +3,12 @@ Method: a sound pair of domains, then one thing made wrong at a time."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
 
+from tests.sim.holdings import HeldSince
 from xenmodel.public.io.ring import REQ_PROD, RSP_PROD
 from xenmodel.ring import BackRing, FrontRing
 from xenmodel.testing import Footprint, TwoDomains, check_grants, check_ports, check_rings, check_world
@@ -90,3 +92,27 @@ def test_footprint(pair: TwoDomains) -> None:
     pair.back.events.close(back)
     pair.front.events.close(front)
     assert footprint.grown() == []
+
+
+def test_held_since(pair: TwoDomains) -> None:
+    """Goal: what came since is told from what was there, and a holding that another has taken the place of is missed.
+    Method: one mapping and one port before and one after; then the earlier ones are given up and their numbers reused."""
+    domain, others = pair.back, pair.front
+    grefs = [others.grants.grant_access(domain.domid, others.memory.allocate()) for _ in range(3)]
+    _, mapping = domain.maptrack.map(others.domid, grefs[0])
+    _, port = pair.connect()
+    held = HeldSince(domain)
+    assert mapping is not None and held.mappings() == [] and held.ports() == []
+    _, later = domain.maptrack.map(others.domid, grefs[1])
+    _, later_port = pair.connect()
+    assert held.mappings() == [later] and held.ports() == [later_port]
+    domain.maptrack.unmap(mapping.handle)
+    domain.events.close(port)
+    missed = f"mappings [{mapping.handle}] were others'", f"ports [{port}] were others'"
+    for reused in (False, True):
+        if reused:
+            _, again = domain.maptrack.map(others.domid, grefs[2])
+            assert again is not None and (again.handle, pair.connect()[1]) == (mapping.handle, port)
+        for ask, text in zip((held.mappings, held.ports), missed, strict=True):
+            with pytest.raises(AssertionError, match=re.escape(text)):
+                ask()

@@ -18,6 +18,8 @@ from xenmodel.public.sched import SHUTDOWN_crash, SHUTDOWN_poweroff
 from xenmodel.public.xen import DOMID_FIRST_RESERVED, VIRQ_DOM_EXC
 from xenmodel.types import Domid, Pfn, Port
 from xenmodel.xenstore.client import Client
+from xenmodel.xenstore.errors import XsErrno, XsError
+from xenmodel.xenstore.perms import Access, Perm
 
 # --- domains -------------------------------------------------------------------------------------------------------------
 
@@ -88,7 +90,7 @@ def test_destroy_gives_back_what_the_domain_held():
     assert guest.domid not in hypervisor.domains and guest.state is DomainState.DYING
     assert survivor.grants.end_access(theirs), "what the guest had mapped is free"
     assert survivor.events.channels[waiting].state is State.UNBOUND
-    assert hypervisor.store.usage(guest.domid)[:] == (0, 0, 0, 0) and client.connection.closed
+    assert set(hypervisor.store.usage(guest.domid)) == {0} and client.connection.closed
     mapping.view[:4] = b"mine"
     assert survivor.maptrack.unmap(mapping.handle) == GNTST_okay, "a frame lives on while a peer maps it"
     assert survivor.maptrack.map(guest.domid, ours)[1] is None
@@ -125,6 +127,87 @@ def test_two_hypervisors_know_nothing_of_each_other():
     assert [domain.maptrack.map(0, 8)[1].frame.pfn for domain in domains] == [0, 1]  # type: ignore[union-attr]
     worlds[0].close()
     assert list(worlds[1].domains) == [0]
+
+
+# --- its xenstore --------------------------------------------------------------------------------------------------------
+
+
+def test_the_store_knows_which_domains_exist():
+    """Goal: no node is given to a domain that is not there.  Method: SET_PERMS for a domain before, in and after its life,
+    and for domain 0, which the store serves whether it was built or not."""
+    hypervisor = Hypervisor()
+    control = hypervisor.store.connect(Domid(0))
+    control.mkdir("/x")
+
+    def give(domid: int) -> None:
+        control.set_perms("/x", [Perm(Domid(domid), Access.NONE)])
+
+    give(0)
+    for alive in (False, True, False):
+        if alive:
+            hypervisor.create_domain(1, "guest", 5)
+            give(5)
+            hypervisor.destroy_domain(5)
+            assert control.directory("/") == ["tool"], "what it owned goes with it"
+            control.mkdir("/x")
+        else:
+            with pytest.raises(XsError) as caught:
+                give(5)
+            assert caught.value.errno is XsErrno.ENOENT
+    assert control.get_perms("/x") == [Perm(Domid(0), Access.NONE)]
+
+
+def test_a_new_domain_has_no_permissions_from_before():
+    """Goal: a permission is a domain's, not a number's.  Method: permit something to a number; create that domain."""
+    hypervisor = Hypervisor()
+    control = hypervisor.store.connect(Domid(0))
+    perms = [Perm(Domid(0), Access.NONE), Perm(Domid(5), Access.READ)]
+    control.set_perms("/tool", perms)
+    hypervisor.create_domain(1, "guest", 5)
+    guest = hypervisor.store.connect(Domid(5))
+    with pytest.raises(XsError, match="has not the permission"):
+        guest.read("/tool")
+    assert control.get_perms("/tool") == perms[:1]
+    control.set_perms("/tool", perms)
+    assert guest.read("/tool") == b""
+
+
+def test_watchers_hear_of_shutdown_and_destruction_once_each():
+    """Goal: @releaseDomain for what the store was told to serve.  Method: one domain that is introduced and one that is
+    not shut down twice and are destroyed."""
+    hypervisor = Hypervisor()
+    for domid in range(3):
+        hypervisor.create_domain(1, str(domid))
+    seen: list[str] = []
+    connection = hypervisor.store.connect(Domid(0))
+    connection.on_event = lambda path, token: seen.append(path)
+    connection.watch("@releaseDomain", "t", 1)
+    hypervisor.settle()
+    hypervisor.store.introduce(Domid(1))
+    heard = []
+    for step in (hypervisor.shutdown_domain, hypervisor.shutdown_domain, hypervisor.destroy_domain):
+        seen.clear()
+        for domid in (1, 2):
+            step(domid)
+        hypervisor.settle()
+        heard.append(list(seen))
+    assert heard == [["@releaseDomain/1"], [], ["@releaseDomain/1"]]
+
+
+def test_the_clock_is_the_stores():
+    """Goal: one clock for all that xenstored times.  Method: an event that a guest leaves unread for 20 s is lost."""
+    now = 100.0
+    hypervisor = Hypervisor(clock=lambda: now)
+    hypervisor.create_domain(1, "Domain-0")
+    guest = hypervisor.store.connect(hypervisor.create_domain(1, "guest").domid)
+    guest.watch("data", "t")
+    assert hypervisor.store.timers.next == 120.0
+    now = 119.9
+    hypervisor.store.timers.run()
+    assert guest.pending_events == 1
+    now = 120.0
+    hypervisor.store.timers.run()
+    assert guest.pending_events == 0 and hypervisor.store.timers.next is None
 
 
 # --- delivery ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ A script is one request a line, `who request arguments -> answer`:
     0.t read /a -> 1        a request within it
     0 commit t -> EAGAIN
     0 events -> /a:tok      everything queued, delivered: path:token
+    0 sleep 20              so many seconds pass, and what is due is done
+    0 refused 1 -> nodes:2  what domain 1 was refused, how often
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from xenmodel.xenstore.errors import XsError
 from xenmodel.xenstore.perms import Perm
 from xenmodel.xenstore.quota import Quota
 from xenmodel.xenstore.store import Store
+from xenmodel.xenstore.upkeep import reload
 
 # What the toolstack makes for a domain before it runs, as far as the rules need it.
 GUESTS = """
@@ -35,10 +38,11 @@ GUESTS = """
 
 
 class World:
-    """A store and the connections and transactions that scripts name."""
+    """A store and the connections and transactions that scripts name. Its clock stands still unless somebody sleeps."""
 
     def __init__(self, quota: Quota | None = None) -> None:
-        self.store = Store(quota or Quota())
+        self.now = 0.0
+        self.store = Store(quota or Quota(), clock=lambda: self.now)
         self.connections: dict[str, Connection] = {}
         self.transactions: dict[str, int] = {}
         self.delivered: list[str] = []
@@ -104,8 +108,27 @@ class World:
                 while connection.dispatch():
                     pass
                 return " ".join(self.delivered) or "none"
-            case (("introduce" | "release" | "shutdown"), [domid]):
+            case (("introduce" | "release" | "shutdown" | "created"), [domid]):
                 getattr(self.store, operation)(Domid(int(domid)))
+            case _:
+                return self.answer_about(connection, operation, arguments)
+        return "ok"
+
+    def answer_about(self, connection: Connection, operation: str, arguments: list[str]) -> str:
+        record = self.store.domains.record
+        match operation, arguments:
+            case "resume", [domid]:
+                record(Domid(int(domid))).shutdown = False
+            case "target", [domid, target]:
+                record(Domid(int(domid))).target = Domid(int(target))
+            case "sleep", [seconds]:
+                self.now += float(seconds)
+                self.store.timers.run()
+            case "reload", []:
+                reload(self.store)
+            case "refused", [domid]:
+                refused = record(Domid(int(domid))).refused
+                return " ".join(f"{name}:{refusal.times}" for name, refusal in sorted(refused.items())) or "nothing"
             case "introduced", [domid]:
                 return "yes" if connection.is_introduced(Domid(int(domid))) else "no"
             case "usage", [domid]:

@@ -8,7 +8,7 @@ import pytest
 from tests.xenmodel.xenstore import run
 from xenmodel.types import Domid
 from xenmodel.xenstore.errors import XsErrno, XsError
-from xenmodel.xenstore.perms import Access, Perm, granted
+from xenmodel.xenstore.perms import Access, Perm
 from xenmodel.xenstore.store import Store
 
 SCRIPTS = {
@@ -199,36 +199,6 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
 def test_requests(script: str) -> None:
     run(script)
-
-
-@pytest.mark.parametrize(
-    ("perms", "domid", "bits"),
-    [
-        ("n1", 0, 7),
-        ("n1", 1, 7),
-        ("n1", 2, 0),
-        ("r1", 2, 1),
-        ("w1", 2, 2),
-        ("b1", 2, 3),
-        ("b1 n2", 2, 0),
-        ("n1 w2 b3", 3, 3),
-        ("n1 n1 b2", 2, 3),
-    ],
-)
-def test_granted(perms: str, domid: int, bits: int) -> None:
-    assert granted([Perm.parse(text) for text in perms.split()], Domid(domid)) == bits
-
-
-@pytest.mark.parametrize("text", ["n0", "r1", "w65535", "b32751"])
-def test_permission_text_goes_both_ways(text: str) -> None:
-    assert str(Perm.parse(text)) == text
-
-
-@pytest.mark.parametrize("text", ["", "n", "0", "N0", "x1", "n-1", "n 1", "n1 ", "n65536", "n٣", "nn1", "n123456"])
-def test_bad_permission_text_is_EINVAL(text: str) -> None:
-    with pytest.raises(XsError) as caught:
-        Perm.parse(text)
-    assert caught.value.errno is XsErrno.EINVAL
 
 
 def test_values_are_any_bytes_that_a_message_can_carry() -> None:

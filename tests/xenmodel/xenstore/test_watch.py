@@ -77,7 +77,9 @@ SCRIPTS = {
         1 unwatch /local/domain/1/data tok
         1 unwatch data tok -> ENOENT
         1 unwatch none tok -> ENOENT
-        1 unwatch . tok -> EINVAL
+        1 unwatch . tok -> ENOENT
+        1 unwatch /a//b tok -> ENOENT
+        1 unwatch @x// tok -> ENOENT
         1 events -> data:other
         1b events -> data:tok
     """,
@@ -104,6 +106,21 @@ SCRIPTS = {
         0 events -> /a:tok /a/b:tok
         0 write /a 3
         0 events -> /a:tok
+    """,
+    "in the order in which they were made, per connection": """
+        0 watch /a/b/c last
+        0 watch / first
+        0 watch /a second
+        0b watch /a other
+        0 watch /a/b third
+        0 events -> /a/b/c:last /:first /a:second /a/b:third
+        0b events -> /a:other
+        0 write /a/b/c 1
+        0 events -> /a/b/c:last /a/b/c:first /a/b/c:second /a/b/c:third
+        0b events -> /a/b/c:other
+        0 reload
+        0 write /a/b/c 2
+        0 events -> /a/b/c:last /a/b/c:first /a/b/c:second /a/b/c:third
     """,
     "depth": """
         0 watch /a zero 0
@@ -175,40 +192,6 @@ SCRIPTS = {
         1 events -> /dir/x/y:tok
         0 rm /dir/x
         1 events -> /dir/x:tok
-    """,
-    "special nodes": """
-        0 watch @introduceDomain in
-        0 watch @releaseDomain out
-        1 watch @introduceDomain guest
-        0 watch @nonsense none
-        0 watch / root
-        0 events -> @introduceDomain:in @releaseDomain:out @nonsense:none /:root
-        1 events -> @introduceDomain:guest
-        0 introduce 5
-        0 introduce 5
-        0 events -> @introduceDomain:in
-        1 events -> none
-        0 shutdown 5
-        0 events -> @releaseDomain:out
-        0 release 5
-        0 events -> @releaseDomain:out
-        0 introduce 5
-        0 events -> @introduceDomain:in
-        0 chmod @introduceDomain n0 r1
-        0 events -> @introduceDomain:in
-        1 events -> @introduceDomain:guest
-        0 introduce 6
-        1 events -> @introduceDomain:guest
-    """,
-    "special nodes with the domain": """
-        0 watch @releaseDomain all 1
-        0 watch @releaseDomain none 0
-        0 watch @releaseDomain/7 seven
-        0 events -> @releaseDomain:all @releaseDomain:none @releaseDomain/7:seven
-        0 release 6
-        0 events -> @releaseDomain/6:all @releaseDomain:none
-        0 release 7
-        0 events -> @releaseDomain/7:all @releaseDomain:none @releaseDomain/7:seven
     """,
 }
 

@@ -1,0 +1,141 @@
+"""ours.py: our xenstored as the differential test sees it: a Hypervisor in this process, with its domains and their rings.
+
+The same calls as RealXenstored's (bench/realstore.py), so that a rig can drive one beside the other. Guests speak over
+real ring pages and event channels, domain 0 over Peers, and over its own ring as its kernel would. Time stands still until
+somebody waits for it: then it jumps to whatever the store has to do next.
+"""
+
+from __future__ import annotations
+
+from bench.realstore import STORE_PORT, WireClient
+from xenmodel.domain import Domain
+from xenmodel.hypervisor import Hypervisor
+from xenmodel.public.grant_table import GNTTAB_RESERVED_XENSTORE
+from xenmodel.public.io.xs_wire import XENSTORE_DOMAIN_INTERFACE, XENSTORE_RING_SIZE
+from xenmodel.ring import BytePipe
+from xenmodel.types import Domid, Gref, Port
+
+PAGES = 8  # of a domain: shared_info, the grant table, the store's page
+WAITS = 10_000  # jumps of the clock before a client gives up
+_WORD = {name: offset // 4 for name, offset in XENSTORE_DOMAIN_INTERFACE.offsets.items()}
+
+
+class OurStore:
+    """A hypervisor with domain 0 and a store."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.hypervisor = Hypervisor(clock=lambda: self.now)
+        self.daemon = self.hypervisor.xenstored
+        self.daemon.log = lambda line: None
+        self.rings: dict[int, OurRing] = {}
+        self.create_domain(0)
+        self.hypervisor.settle()
+
+    def close(self) -> None:
+        self.hypervisor.close()
+
+    def client(self) -> WireClient:
+        """A connection of domain 0, as over the socket."""
+        return WireClient(OurSocket(self))
+
+    def create_domain(self, domid: int) -> OurRing:
+        """A domain as the domain builder leaves it, with the store's page and event channel. Not introduced, unless it is 0."""
+        domain = self.hypervisor.create_domain(PAGES, f"d{domid}", domid)
+        page, port = domain.memory.allocate(), domain.events.alloc_unbound(Domid(0))
+        if domid:
+            assert port == STORE_PORT, f"the store's port is {port}"
+            domain.grants.set_entry(Gref(GNTTAB_RESERVED_XENSTORE), Domid(0), page)
+        self.rings[domid] = OurRing(self, domain, domain.memory.run(page), port)
+        if not domid:
+            self.daemon.serve_own_domain(domain.memory.run(page), port)
+        return self.rings[domid]
+
+    def shutdown_domain(self, domid: int) -> None:
+        self.hypervisor.shutdown_domain(domid)
+        self.hypervisor.settle()
+
+    def destroy_domain(self, domid: int) -> None:
+        self.rings.pop(domid).close()
+        self.hypervisor.destroy_domain(domid)
+        self.hypervisor.settle()
+
+    def wait(self) -> None:
+        """Let time pass until something has happened. TimeoutError if nothing ever will."""
+        timers = self.hypervisor.store.timers
+        if timers.next is None:
+            raise TimeoutError("our store has nothing left to do")
+        self.now = max(self.now, timers.next)
+        timers.run()
+        self.hypervisor.settle()
+
+
+class OurSocket:
+    """What storesocket.py is to a client, without a socket."""
+
+    def __init__(self, store: OurStore) -> None:
+        self._store = store
+        self._peer = store.daemon.peer(Domid(0), lambda: None)
+        self.close = self._peer.close
+
+    def send(self, data: bytes, timeout_s: float) -> None:
+        self._peer.receive(data)
+        self._store.hypervisor.settle()
+
+    def receive(self, timeout_s: float) -> bytes:
+        peer = self._peer
+        for _ in range(WAITS):
+            if peer.failed:
+                raise ConnectionResetError("our store has closed the connection")
+            if peer.out:
+                data = bytes(peer.out)
+                peer.sent(len(data))
+                self._store.hypervisor.settle()
+                return data
+            self._store.wait()
+        raise TimeoutError("nothing arrived")
+
+
+class OurRing:
+    """A guest's side of its ring page in the domain's memory."""
+
+    def __init__(self, store: OurStore, domain: Domain, page: memoryview, port: Port) -> None:
+        self._store, self._domain, self._port = store, domain, port
+        size = XENSTORE_RING_SIZE
+        self.page, self.words = page, page.cast("I")
+        self.requests = BytePipe(page[:size], self.words, _WORD["req_cons"], _WORD["req_prod"])
+        self.responses = BytePipe(page[size : 2 * size], self.words, _WORD["rsp_cons"], _WORD["rsp_prod"])
+
+    def close(self) -> None:
+        """Give back what of the domain's memory we look at."""
+
+    def word(self, field: str) -> int:
+        return self.words[_WORD[field]]
+
+    def set_word(self, field: str, value: int) -> None:
+        self.words[_WORD[field]] = value
+
+    def kick(self) -> None:
+        """An event for the store, and time to deal with it."""
+        self._domain.events.send(self._port)
+        self._store.hypervisor.settle()
+
+    def send(self, data: bytes, timeout_s: float) -> None:
+        for _ in range(WAITS):
+            count = self.requests.write(data)
+            data = data[count:]
+            if count:
+                self.kick()
+            if not data:
+                return
+            if not count:
+                self._store.wait()
+        raise TimeoutError(f"{len(data)} bytes were not taken")
+
+    def receive(self, timeout_s: float) -> bytes:
+        for _ in range(WAITS):
+            if data := self.responses.read():
+                self.kick()
+                return data
+            self._store.wait()
+        raise TimeoutError("nothing arrived")
