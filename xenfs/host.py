@@ -117,7 +117,6 @@ class World:
         guest = self.guests.pop(domid)
         guest.probe.stop()
         self.toolstack.destroy(domid)
-        self.store.destroyed(guest.domain.domid)
         self.domains.remove(str(domid))
         self.domains.remove(guest.config.name)
         self.hypervisor.settle()

@@ -44,12 +44,23 @@ class Probe:
             self._look(f"{self.tree}/{'/'.join(names[: self.depth])}", names[0])
             return
         for node in list(self.devices):
-            if not self.client.exists(node):
+            if self._read(node) is None:
                 self._drop(node)
         self._scan(self.tree, 0)
 
+    def _read(self, path: str) -> str | None:
+        """The value; None also for what a domain may not look at: whether it is there nobody tells it."""
+        try:
+            return self.client.read(path)
+        except XsError:
+            return None
+
     def _scan(self, path: str, depth: int) -> None:
-        for name in self.client.directory(path)[:MOST_DEVICES]:
+        try:
+            names = self.client.directory(path)[:MOST_DEVICES]
+        except XsError:
+            return
+        for name in names:
             if depth + 1 < self.depth:
                 self._scan(f"{path}/{name}", depth + 1)
             else:
@@ -60,12 +71,12 @@ class Probe:
         make = self.makers.get(kind)
         if make is None:
             return
-        if not self.client.exists(node):
+        if self._read(node) is None:
             self._drop(node)
             self.failures.pop(node, None)
         elif node not in self.devices and len(self.devices) < MOST_DEVICES:
-            peer = self.client.read(f"{node}/{self.peer_key}")
-            if peer is None or not self.client.exists(f"{node}/state"):
+            peer = self._read(f"{node}/{self.peer_key}")
+            if peer is None or self._read(f"{node}/state") is None:
                 return  # not whole yet: it will change again
             self._make(make, node, peer)
 

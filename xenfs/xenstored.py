@@ -32,6 +32,7 @@ class StoreHost:
         self.socket = StoreSocket(self.daemon, kick, lambda: hypervisor.idle)
         self._kick = kick
         self._devices: dict[Domid, tuple[XsDevice, ...]] = {}
+        self.daemon.on_release = self._released
 
     def device_files(self, domid: Domid, dev: Directory) -> Directory:
         """Fill dev/xen of a domain; the result is its proc."""
@@ -50,10 +51,12 @@ class StoreHost:
         dev.add("xen", Directory(nodes))
         return Directory({"xen": Directory(proc)})
 
-    def destroyed(self, domid: Domid) -> None:
-        """Whoever has a device file of that domain open, and waits, learns that its end has come."""
-        for device in self._devices.pop(domid, ()):
+    def _released(self, domid: Domid) -> None:
+        """Whoever has a device file of that domain open, and waits, learns that its connection has ended."""
+        for device in self._devices.get(domid, ()):
             device.stop()
+        if domid not in self.hypervisor.domains:
+            self._devices.pop(domid, None)
 
     def inspect(self, domid: Domid) -> Text:
         return Text(lambda: self._limits(domid) + (f"\n{statistics(self.daemon)}" if domid == 0 else ""))

@@ -61,7 +61,7 @@ def test_tree(host):
     Method: find over the mount, cat of every small file, links, modes, statfs."""
     server = start(host)
     mnt = server.mnt
-    assert sorted(host.check("ls", mnt).split()) == ["domains", "xenstore"]
+    assert sorted(host.check("ls", mnt).split()) == ["dev", "domains", "xenstore"]
     assert sorted(host.check("ls", mnt / "domains").split()) == ["0", "1", "2", "3", *sorted(GUESTS)]
     for domid, guest in enumerate(GUESTS, 1):
         assert host.check("readlink", mnt / "domains" / guest) == f"{domid}\n"
@@ -108,7 +108,7 @@ def test_nothing_can_be_made(host):
     ):  # fmt: skip
         assert host.run(*words).returncode != 0, words
     assert host.read(guest / "name") == "g\n"
-    assert sorted(host.check("ls", guest).split()) == ["dev", "inspect", "name", "state"]
+    assert sorted(host.check("ls", guest).split()) == ["dev", "inspect", "name", "proc", "state"]
     server.stop()
 
 

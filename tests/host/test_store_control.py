@@ -7,11 +7,11 @@ from __future__ import annotations
 import pytest
 
 from tests.host.net import wait_until
-from tests.host.test_store_tools import WAYS, environment, needs_tools
+from tests.host.test_store_tools import WAYS, environment, needs_control, needs_utils
 from xenfs.storeclient import StoreClient
 from xenmodel.xenstore.errors import XsErrno, XsError
 
-pytestmark = [pytest.mark.host, *needs_tools]
+pytestmark = [pytest.mark.host, needs_utils, needs_control]
 
 
 def test_control_of_ours(host):

@@ -3,11 +3,17 @@ Method: transcripts (see test_store_tools.py) over domains/1/dev/xen/xenbus, and
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from tests.host.test_store_tools import needs_tools, replay
+from tests.host.served import MIB
+from tests.host.test_store_tools import needs_control, needs_utils, replay
+from xenfs.storeclient import StoreClient
+from xenmodel.public.io.xs_wire import XsType
+from xenmodel.xenstore.wire import join
 
-pytestmark = [pytest.mark.host, *needs_tools]
+pytestmark = [pytest.mark.host, needs_utils, needs_control]
 
 GUEST_SAYS = r"""
 $ xenstore-read name domid /local/domain/1/name
@@ -86,4 +92,63 @@ def test_as_inside_a_guest(host):
     server = host.disk()
     namespace = ["unshare", "--mount", "--propagation=private", "sh", "-ec", INSIDE, "sh"]
     assert host.check(*namespace, server.mnt / "domains/g") == 'g\ninside = "1"\n'
+    server.stop()
+
+
+RELEASED = """if 1:
+    import os, struct, sys
+    fd = os.open(sys.argv[1], os.O_RDWR)
+    os.write(fd, struct.pack("<IIII", 4, 1, 0, 11) + b"data\\0token\\0")
+    print(os.read(fd, 19), flush=True)
+    sys.stdin.readline()
+    read = struct.pack("<IIII", 2, 2, 0, 5) + b"name\\0"
+    for call in (lambda: os.write(fd, read), lambda: [os.read(fd, 99) for _ in "xx"]):
+        try:
+            print(call())
+        except OSError as error:
+            print(os.strerror(error.errno))
+"""
+
+
+def test_released(host):
+    """Goal: after RELEASE of a guest whoever watches @releaseDomain hears of it, what the guest's programs had in the store
+    is gone, and their open device says EIO.  Method: a guest without devices; a program with a watch; RELEASE; SIGTERM."""
+    server = host.up(host.config("g"))
+    program = host.client(sys.executable, "-c", RELEASED, f"{server.mnt}/domains/g/dev/xen/xenbus")
+    assert program.stdout is not None and "OK" in program.stdout.readline()
+    with StoreClient(f"{server.mnt}.xenstored") as client:
+        client.watch("@releaseDomain", "token")
+        assert client.wait() == ("@releaseDomain", "token")
+        assert client.request([(XsType.RELEASE, join("1"))]) == [b"OK\0"]
+        assert client.wait() == ("@releaseDomain", "token")
+        assert client.request([(XsType.IS_DOMAIN_INTRODUCED, join("1"))]) == [b"F\0"]
+        used = dict(row.split(":") for row in client.control("quota", "1").splitlines()[1:])
+        assert [int(used[f"{name:<16}"]) for name in ("nodes", "watches", "outstanding", "memory")] == [0, 0, 0, 0]
+        assert client.control("check") == "OK"
+    assert program.stdin is not None
+    program.stdin.write("\n")
+    program.stdin.flush()
+    assert host.finish(program).stdout == "Input/output error\nInput/output error\n"
+    server.stop()
+
+
+FRONTEND = "/local/domain/1/device/vbd/51712"
+TOOLSTACK = [
+    pytest.param(f"xenstore-rm {FRONTEND}", id="frontend removed"),
+    pytest.param("xenstore-rm /local/domain/0/backend/vbd/1", id="backend removed"),
+    pytest.param("xenstore-rm /local/domain/1", id="domain removed"),
+    pytest.param(f"xenstore-chmod {FRONTEND} n0; xenstore-write {FRONTEND} x", id="hidden"),
+]
+
+
+@pytest.mark.parametrize("script", TOOLSTACK)
+def test_nodes_go_under_a_running_guest(host, script):
+    """Goal: whatever domain 0 does to the nodes of one guest, another one's disk goes on and the end is clean.
+    Method: its nodes are removed or hidden; the other's disk is written and read; SIGTERM."""
+    one, two = (host.config(name, f"{host.image(f'{name}.img')},raw,xvda,w") for name in ("one", "two"))
+    server = host.up(one, two)
+    host.check("env", f"XENSTORED_PATH={server.mnt}.xenstored", "sh", "-ec", script)
+    host.check("dd", "if=/dev/urandom", f"of={host.root}/data", "bs=1M", "count=2")
+    host.check("dd", f"if={host.root}/data", f"of={server.disk('two')}", "bs=64k", "conv=notrunc,fsync")
+    host.check("cmp", "-n", 2 * MIB, host.root / "data", server.disk("two"))
     server.stop()

@@ -17,7 +17,7 @@ import pytest
 
 from tests.host.net import wait_until
 from tests.host.served import Host, Served, mounts_at
-from tests.host.test_store_tools import needs_tools
+from tests.host.test_store_tools import needs_utils
 from xenfs.storeclient import StoreClient, StoreError
 from xenmodel.public.io.xs_wire import SOCKMSG, XENSTORE_PAYLOAD_MAX, XsType
 from xenmodel.xenstore.wire import join, pack
@@ -59,7 +59,7 @@ def test_beside_the_mount(host, server):
     assert not path.exists()
 
 
-@pytest.mark.skipif(needs_tools[0].args[0], reason="xenstore-utils is not installed")
+@needs_utils
 @pytest.mark.parametrize("exists", [True, False])
 def test_another_place(host, exists):
     """Goal: --xenstored-socket puts it elsewhere; a directory that was missing is made, and goes too, if it is empty.
@@ -75,7 +75,7 @@ def test_another_place(host, exists):
     assert not place.exists() and place.parent.exists() is exists
 
 
-@pytest.mark.skipif(needs_tools[0].args[0], reason="xenstore-utils is not installed")
+@needs_utils
 def test_the_built_in_place(host):
     """Goal: at /run/xenstored/socket programs find it without being told.
     Method: a namespace with an empty /run; xenstore-ls without any environment."""
@@ -307,8 +307,8 @@ def test_no_descriptors_left(host):
     process = server.process.pid
     with StoreClient(socket_of(server)) as first:
         assert first.read("/local/domain/0/name") == b"Domain-0"
-        used = len(os.listdir(f"/proc/{process}/fd"))
-        host.check("prlimit", "--pid", process, f"--nofile={used}:4096")
+        free = min(set(range(4096)) - set(map(int, os.listdir(f"/proc/{process}/fd"))))
+        host.check("prlimit", "--pid", process, f"--nofile={free}:4096")
         with bare(server) as late:
             late.sendall(READ)
             wait_until(server.stderr, "a word about it")

@@ -18,11 +18,9 @@ from tests.host.net import wait_until
 from tests.host.served import Host, Served
 
 CONTROL = realstore.find("xenstore-control")
-needs_tools = [
-    pytest.mark.skipif(not shutil.which("xenstore-ls"), reason="xenstore-utils is not installed"),
-    pytest.mark.skipif(CONTROL is None, reason="xen-utils (for xenstore-control) is not installed"),
-]
-pytestmark = [pytest.mark.host, *needs_tools]
+needs_utils = pytest.mark.skipif(not shutil.which("xenstore-ls"), reason="xenstore-utils is not installed")
+needs_control = pytest.mark.skipif(CONTROL is None, reason="xen-utils (for xenstore-control) is not installed")
+pytestmark = [pytest.mark.host, needs_utils, needs_control]
 GUEST = 1
 REAL = pytest.param(
     "C xenstored", marks=pytest.mark.skipif(bool(why := realstore.missing("xenstored")), reason=why or "it can run")

@@ -1,5 +1,6 @@
 /*
- * watcher PREFIX THREADS ROUNDS: libxenstore as programs with threads use it, for test_xenbus_device.py.
+ * watcher PREFIX THREADS ROUNDS: libxenstore as programs with threads use it, for test_store_c.py and
+ * test_xenbus_device.py.
  *
  * Each thread has a connection of its own and watches PREFIX/<its number> and PREFIX/all; the main thread writes 1 to
  * ROUNDS to each of these nodes, which are not there at first, and leaves them in the end. A thread reads the node that an

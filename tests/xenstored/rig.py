@@ -1,162 +1,340 @@
-"""rig.py: two stores side by side, Debian's and ours: every request goes to both, and all they say must be the same."""
+"""rig.py: two stores side by side, Debian's C daemon and ours: each request goes to both, and all they say must be the same.
+
+A client is a name: `a` and `b` are connections of domain 0 over the socket, `0` is its kernel, over its ring; `1`, `2`... are
+guests over theirs. Scripts are written as in tests/xenmodel/xenstore/wireworld.py (`|` is a NUL); without `->` it does not
+matter what the two answer, as long as it is the same.
+
+    a WRITE /a|1 -> OK|             both answer so
+    a READ /b| -> EINVAL / ""       Debian's answers EINVAL, ours with no bytes: a difference
+    a TRANSACTION_START | -> $t     called t from here on
+    a.$t READ /a|                   a request within it; also a.77, a number of nobody's
+    a events -> /a:tok              what came since the last time that script asked, of what was the same
+    create 1, destroy 1, shutdown 1, quota nodes 5, open c, close c
+
+Invariant: after each step both stores are quiet: whatever a request caused has arrived, for the reply to one more request
+of each connection comes behind it. What differs and may (differences.py) is known here by EXCUSES only.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from bench.realstore import STORE_PORT, RealXenstored, WireClient
+from bench.realstore import RealXenstored, WireClient
+from tests.xenmodel.xenstore.wireworld import body_of, text_of
 from tests.xenstored.ours import OurStore
 from xenmodel.public.io.xs_wire import XsType
 from xenmodel.xenstore.wire import Message, join, strings
 
-Tx = tuple[int, int]
+OK = b"OK\0"
+BARRIER = b"0\0"  # of GET_DOMAIN_PATH, which changes nothing
+REAL, OURS = 0, 1
+
+Tx = tuple[int, int]  # a transaction's number there and here
 NO_TX = (0, 0)
+BAD_TX = (77, 77)
+
+
+class Request(NamedTuple):
+    who: str
+    kind: int
+    body: bytes
+    tx: Tx = NO_TX
+
+    def __str__(self) -> str:
+        name = XsType(self.kind).name if self.kind in XsType.__members__.values() else f"#{self.kind}"
+        return f"{self.who}{'' if self.tx == NO_TX else f'.{self.tx[REAL]}'} {name} {text_of(self.body[:200])}"
+
+
+class Answer(NamedTuple):
+    """The replies to one request."""
+
+    real: Message
+    ours: Message
+
+    @property
+    def ok(self) -> bool:
+        return self.ours.type != XsType.ERROR
+
+    @property
+    def tx(self) -> Tx:
+        """The numbers of a transaction that was started."""
+        return int(self.real.body[:-1]), int(self.ours.body[:-1])
+
+
+class Mismatch(AssertionError):
+    """They do not agree. The text has all that was asked before."""
+
+
+Excuse = Callable[["Twins", Request, Message, Message], bool]
 
 
 class Twins:
-    def __init__(self, real: RealXenstored, ours: OurStore) -> None:
+    """`excuses` say for two replies to a request that differ whether they may."""
+
+    def __init__(self, real: RealXenstored, ours: OurStore, excuses: Sequence[Excuse] = ()) -> None:
         self.real, self.ours = real, ours
-        self.stores = (real, ours)
+        self.excuses = excuses
         self.clients: dict[str, tuple[WireClient, WireClient]] = {}
-        self.names: dict[str, None] = {}
-        self.requests = 0
-        self.events = 0
         self.history: list[str] = []
-        self.generations: dict[object, tuple[bytes, bytes]] = {}
-        self.dead: set[int] = set()
+        self.ended: set[int] = set()  # domids whose first bearer has died or was released
+        self.limits: dict[str, int] = {}
+        self._targets: dict[int, set[int]] = {}  # whose targets they are or were
+        self._generations: dict[tuple[bytes, str], dict[bytes, bytes]] = {}
+        self.requests = self.events = 0
+        self._told: dict[str, list[str]] = {}  # events that were the same, until a script asks
         self.open("a")
         self.open("b")
-        self.clients["0"] = (WireClient(real.rings[0]), WireClient(ours.rings[0]))
+        self.clients["0"] = WireClient(real.rings[0]), WireClient(ours.rings[0])
+
+    # --- what a hypervisor and the processes of domain 0 do -------------------------------------------------------------
 
     def open(self, name: str) -> None:
-        self.clients[name] = (WireClient(self.real.socket), self.ours.client())
+        self.clients[name] = WireClient(self.real.socket), self.ours.client()
 
     def close(self, name: str) -> None:
+        self.history.append(f"close {name}")
         for client in self.clients.pop(name):
             client.stream.close()
-        self.history.append(f"{name} closes")
-        time.sleep(0.002)
-        self.compare("a", 0)
+        self.compare("a")
 
-    # ---
     def create(self, domid: int) -> None:
         self.history.append(f"create {domid}")
         self.real.create_domain(domid)
         self.ours.create_domain(domid)
 
-    def introduce(self, domid: int) -> None:
-        self.ask("a", XsType.INTRODUCE, join(str(domid), "1", "1"))
-
-    def fresh(self, domid: int) -> None:
-        self.clients[str(domid)] = (WireClient(self.real.rings[domid]), WireClient(self.ours.rings[domid]))
-
-    def quota(self, name, value):
-        self.history.append(f"quota {name} {value}")
-        d={"watches":-1,"transactions":-1,"node-size":25}.get(name,0)
-        p=[]
-        for i,v in enumerate((value+d,value)):
-            c=self.clients["a"][i]
-            r=c.request(XsType.CONTROL, join("quota","set",name,str(v)))
-            assert r.body==b"OK\0", (i,r,name,v)
-            c.log.clear()
     def shutdown(self, domid: int) -> None:
         self.history.append(f"shutdown {domid}")
-        for store in self.stores:
-            store.shutdown_domain(domid)
-        self.compare("a", 0)
+        self.real.shutdown_domain(domid)
+        self.ours.shutdown_domain(domid)
+        self.compare("a")
 
     def destroy(self, domid: int) -> None:
         self.history.append(f"destroy {domid}")
-        self.dead.add(domid)
         self.clients.pop(str(domid), None)
-        for store in self.stores:
-            store.destroy_domain(domid)
-        self.compare("a", 0)
-        self.ask("a", XsType.WRITE, join("/tool"))
+        self._ended(domid)
+        self.real.destroy_domain(domid)
+        self.ours.destroy_domain(domid)
+        self.compare("a")
 
-    def ask(self, who: str, kind: int, body: bytes, tx: Tx = NO_TX) -> tuple[Message, Message]:
-        self.history.append(f"{who} {XsType(kind).name if kind in list(XsType) else kind} {body[:100]!r} tx {tx}")
-        posted = [c.post(kind, body, t) for c, t in zip(self.clients[who], tx, strict=True)]
+    def introduce(self, domid: int) -> Answer:
+        return self.ask(Request("a", XsType.INTRODUCE, join(str(domid), "1", "1")))
+
+    def quota(self, name: str, real: int, ours: int) -> None:
+        self.history.append(f"quota {name} {ours}")
+        self.limits[name] = ours
+        for client, value in zip(self.clients["a"], (real, ours), strict=True):
+            reply = client.request(XsType.CONTROL, join("quota", "set", name, str(value)))
+            assert reply.body == OK, reply
+            client.log.clear()
+
+    # --- requests ---------------------------------------------------------------------------------------------------------
+
+    def ask(self, request: Request) -> Answer:
+        """Send it to both and compare the replies and what all clients were told meanwhile."""
+        self.history.append(str(request))
         self.requests += 1
-        if kind in (XsType.INTRODUCE, XsType.RELEASE):
-            # may concern other rings
-            for c, p in zip(self.clients[who], posted, strict=True):
-                while c.next().req_id != p: pass
-            reply = self.clients[who][0].log[-1]
-            if reply.body == b"OK\0":
-                import re
-                domid = int(re.match(rb"\s*([+-]?\d+)", body)[1])
-                self.clients.pop(str(domid), None)
-                if kind==XsType.RELEASE:
-                    self.dead.add(domid); self.compare(who, kind); self.ask(who, XsType.WRITE, join("/tool")); return None
-                if kind == XsType.INTRODUCE:
-                    self.fresh(domid)
-        logs = self.compare(who, kind)
-        if not logs: return None
-        return tuple(next(m for m in log if m.req_id == p) for log, p in zip(logs, posted))
+        kind = request.kind
+        with self._explained():
+            clients = self.clients[request.who]
+            ids = [client.post(kind, request.body, tx) for client, tx in zip(clients, request.tx, strict=True)]
+            if kind in (XsType.INTRODUCE, XsType.RELEASE):
+                for client, req_id in zip(clients, ids, strict=True):
+                    _read_until(client, req_id)
+                if clients[OURS].log[-1].body == clients[REAL].log[-1].body == OK:
+                    self._begin_or_end(kind, number(request.body))
+        logs = self.compare(request.who, request)
+        answer = Answer(*(next(m for m in log if m.req_id == req_id) for log, req_id in zip(logs, ids, strict=True)))
+        if kind == XsType.SET_TARGET and answer.ok:
+            domid, target, *_ = strings(request.body)
+            self._targets.setdefault(int(domid), set()).add(int(target))
+        return answer
 
-    def compare(self, who, kind):
-        logs = [self.sync(i, who) for i in (0, 1)]
-        for name in logs[0]:
-            a, b = ([self.normal(m) for m in log[name]] for log in logs)
-            self.events += sum(m.type == XsType.WATCH_EVENT for m in a)
-            if not self.equal(a, b):
-                raise AssertionError(f"{self.history[-1]}\n  on {name}: real {a}\n  on {name}: ours {b}")
-        if who in logs[0]:
-            return logs[0][who], logs[1][who]
+    def _begin_or_end(self, kind: int, domid: int) -> None:
+        """A domain's connection has begun, anew perhaps, or ended."""
+        self.clients.pop(str(domid), None)
+        if kind == XsType.INTRODUCE:
+            self.clients[str(domid)] = WireClient(self.real.rings[domid]), WireClient(self.ours.rings[domid])
+        else:
+            self._ended(domid)
 
-    def normal(self, m):
-        return m
+    def _ended(self, domid: int) -> None:
+        self.ended.add(domid)
+        self._targets.pop(domid, None)
 
-    def equal(self, a, b):
-        def uniq(l):
-            out=[]
-            for m in l:
-                if m.type==15 and m in out: continue
-                out.append(m)
-            return out
-        a,b=uniq(a),uniq(b)
-        if "destroy" in self.history[-1] or "RELEASE" in self.history[-1]:
-            a=sorted(a,key=repr); b=sorted(b,key=repr)
-        if len(a) != len(b): return False
-        for x, y in zip(a, b):
-            if x._replace(tx_id=0) == y._replace(tx_id=0): continue
-            if (x.type, x.req_id) == (y.type, y.req_id):
-                if x.type == XsType.TRANSACTION_START: continue
-                if x.type == XsType.DIRECTORY_PART and x.body.split(b"\0", 1)[1] == y.body.split(b"\0", 1)[1]: continue
-                if x.type == XsType.GET_PERMS:
-                    p, q = strings(x.body), strings(y.body)
-                    dead = {str(d).encode() for d in self.dead} | {b"9", b"8"}
-                    if p[0] == q[0] and [e for e in p[1:] if e[1:] not in dead] == [e for e in q[1:] if e[1:] not in dead]: continue
-            if (x.type, x.req_id)==(y.type, y.req_id) and x.type==16 and {x.body,y.body} == {b"E2BIG\0", b"ENOSPC\0"}: continue
-            return False
-        return True
+    def is_target(self, domid: int) -> bool:
+        return any(domid in targets for targets in self._targets.values())
 
-    def sync(self, i, who):
-        names = [who] if who in self.clients else []
-        logs = {}
-        for name in names: logs[name] = self.barrier(i, name, self.clients[name][i].post(XsType.GET_DOMAIN_PATH, b"0\0"))
-        rest = [(n, self.clients[n][i].post(XsType.GET_DOMAIN_PATH, b"0\0")) for n in self.clients if n != who]
-        for name, p in rest:
-            logs[name] = self.barrier(i, name, p)
+    def same_generation(self, request: Request, real: bytes, ours: bytes) -> bool:
+        """Is it with both the one that it was, or with both another one?"""
+        seen = self._generations.setdefault((request.body.partition(b"\0")[0], f"{request.who}{request.tx}"), {})
+        return seen.setdefault(real, ours) == ours and list(seen.values()).count(ours) == 1
+
+    def compare(self, who: str, request: Request | None = None) -> tuple[list[Message], list[Message]]:
+        """Wait until both are quiet; what they said, to each client the same."""
+        with self._explained():
+            real, ours = self._quiet(REAL, who), self._quiet(OURS, who)
+        for name in real:
+            self._told.setdefault(name, []).extend(shown_events(ours[name]))
+            self.events += len(shown_events(real[name]))
+            if not self._alike(name, request, real[name], ours[name]):
+                self._fail(name, real[name], ours[name])
+        return real[who], ours[who]
+
+    def _quiet(self, side: int, who: str) -> dict[str, list[Message]]:
+        """What came for each client until all that was asked is done. The one that asked goes first."""
+        logs: dict[str, list[Message]] = {}
+        for group in ([who], [name for name in self.clients if name != who]):
+            posted = [(name, self.clients[name][side]) for name in group]
+            ids = [client.post(XsType.GET_DOMAIN_PATH, BARRIER) for _, client in posted]
+            for (name, client), req_id in zip(posted, ids, strict=True):
+                _read_until(client, req_id)
+                logs[name] = client.log[:-1]
+                client.log.clear()
         return logs
 
-    def barrier(self, i, name, p):
-        client = self.clients[name][i]
-        while client.next().req_id != p: pass
-        log = client.log[:-1]
+    def _alike(self, name: str, request: Request | None, real: list[Message], ours: list[Message]) -> bool:
+        if request is not None and request.kind == XsType.RELEASE:
+            # The daemon lets go of a connection that it is about to serve next only after it has answered.
+            real, ours = sorted(real, key=_is_reply), sorted(ours, key=_is_reply)
+        if len(real) != len(ours):
+            return False
+        for there, here in zip(real, ours, strict=True):
+            if there._replace(tx_id=0) == here._replace(tx_id=0):
+                continue
+            if request is None or name != request.who or not (_is_reply(there) and there.req_id == here.req_id):
+                return False
+            if not any(excuse(self, request, there, here) for excuse in self.excuses):
+                return False
+        return True
+
+    def _fail(self, name: str, real: list[Message], ours: list[Message]) -> None:
+        lines = [f"{who}: {[_shown(message) for message in log]}" for who, log in (("real", real), ("ours", ours))]
+        raise Mismatch("\n".join([*self.history, f"    what {name} was told:", *lines]))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A store that does not answer is a difference, too."""
+        try:
+            yield
+        except (OSError, TimeoutError) as error:
+            words = self.real.log.read_text(errors="replace").strip()[-300:]
+            raise Mismatch("\n".join([*self.history, f"    {error!r}; the daemon said: {words}"])) from error
+
+    # --- the whole store --------------------------------------------------------------------------------------------------
+
+    def tree(self, side: int) -> dict[str, list[Message]]:
+        """Every node with its value, its permissions and the names of its children, in their order."""
+        found: dict[str, list[Message]] = {}
+        client, waiting = self.clients["a"][side], ["/"]
+        while waiting:
+            path = waiting.pop()
+            kinds = (XsType.READ, XsType.GET_PERMS, XsType.DIRECTORY)
+            found[path] = [client.request(kind, join(path))._replace(req_id=0) for kind in kinds]
+            names = strings(found[path][-1].body)
+            waiting += [f"{path.rstrip('/')}/{name.decode()}" for name in names]
         client.log.clear()
-        return log
+        return found
+
+    def compare_trees(self) -> None:
+        self.history.append("the whole tree")
+        with self._explained():
+            real, ours = self.tree(REAL), self.tree(OURS)
+        for path in sorted(real.keys() | ours.keys()):
+            there, here = real.get(path, []), ours.get(path, [])
+            if not self._alike("a", Request("a", XsType.GET_PERMS, join(path)), there, here):
+                self.history.append(path)
+                self._fail("a", there, here)
+
+    # --- scripts ------------------------------------------------------------------------------------------------------------
+
+    def run(self, script: str) -> Twins:
+        names: dict[str, Tx] = {"": NO_TX}
+        for line in filter(None, map(str.strip, script.splitlines())):
+            text, arrow, expected = (part.strip() for part in line.partition(" -> "))
+            if self._deed(text, expected):
+                continue
+            sender, kind, *rest = text.split(maxsplit=2)
+            who, _, transaction = sender.partition(".")
+            tx = names[transaction] if transaction in names else (int(transaction), int(transaction))
+            code = int(kind[1:]) if kind.startswith("#") else XsType[kind]
+            answer = self._ask_differing(Request(who, code, body_of(rest[0] if rest else ""), tx))
+            if expected.startswith("$"):
+                names[expected] = answer.tx
+            elif arrow:
+                got = [_shown(answer.real), _shown(answer.ours)]
+                wanted = expected.split(" / ") if " / " in expected else [expected, expected]
+                assert got == wanted, f"{line}\n    Debian's: {got[REAL]}\n    ours:     {got[OURS]}"
+            else:
+                assert _shown(answer.real) == _shown(answer.ours), f"{line}: {answer}"
+        return self
+
+    def _deed(self, text: str, expected: str) -> bool:
+        """A line that is no request."""
+        match text.split():
+            case [("create" | "destroy" | "shutdown" | "introduce") as what, domid]:
+                getattr(self, what)(int(domid))
+            case [("open" | "close") as what, name]:
+                getattr(self, what)(name)
+            case ["quota", name, value]:
+                self.quota(name, int(value), int(value))
+            case [who, "events"]:
+                assert (" ".join(self._told.pop(who, [])) or "none") == expected, text
+            case _:
+                return False
+        return True
+
+    def _ask_differing(self, request: Request) -> Answer:
+        """As ask(), but what the replies are is for the script to judge."""
+        before = self.excuses
+        self.excuses = (*before, lambda *_: True)
+        try:
+            return self.ask(request)
+        finally:
+            self.excuses = before
 
 
 @contextlib.contextmanager
-def twins(directory: Path) -> Iterator[Twins]:
+def twins(excuses: Sequence[Excuse] = (), *options: str) -> Iterator[Twins]:
+    """Two fresh stores. The options are the daemon's."""
+    directory = Path(tempfile.mkdtemp(prefix="twins-"))
     ours = OurStore()
     try:
-        with RealXenstored(directory) as real:
-            yield Twins(real, ours)
+        with RealXenstored(directory / "real", *options) as real, contextlib.ExitStack() as undo:
+            pair = Twins(real, ours, excuses)
+            undo.callback(lambda: [clients[REAL].stream.close() for name, clients in pair.clients.items() if name.isalpha()])
+            yield pair
     finally:
         ours.close()
+        shutil.rmtree(directory)
+
+
+def number(body: bytes) -> int:
+    """The domid a request begins with, as atoi() reads it."""
+    found = re.match(rb"\s*([+-]?\d+)", body)
+    return int(found[1]) if found else 0
+
+
+def shown_events(log: Sequence[Message]) -> list[str]:
+    return [":".join(map(text_of, strings(message.body))) for message in log if message.type == XsType.WATCH_EVENT]
+
+
+def _read_until(client: WireClient, req_id: int) -> None:
+    while client.next().req_id != req_id:
+        pass
+
+
+def _is_reply(message: Message) -> bool:
+    return message.type != XsType.WATCH_EVENT
+
+
+def _shown(message: Message) -> str:
+    if message.type == XsType.WATCH_EVENT:
+        return shown_events([message])[0]
+    text = text_of(message.body)
+    return text.removesuffix("|") if message.type == XsType.ERROR else text or '""'

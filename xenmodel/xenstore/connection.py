@@ -20,7 +20,7 @@ from xenmodel.types import Domid
 from xenmodel.xenstore import path as paths
 from xenmodel.xenstore.domain import Cause, DomainRecord
 from xenmodel.xenstore.errors import XsErrno, XsError, shown
-from xenmodel.xenstore.perms import CONTROL_DOMAIN, MAY_READ, Perm
+from xenmodel.xenstore.perms import CONTROL_DOMAIN, MAY_READ, Perm, check_perms
 from xenmodel.xenstore.quota import Quota
 from xenmodel.xenstore.transaction import Direct, Transaction, View
 from xenmodel.xenstore.watch import EventQueue, Watch
@@ -112,7 +112,10 @@ class Connection:
         return list(view.live_perms(node))
 
     def set_perms(self, path: str, perms: Sequence[Perm], tx: int = 0) -> None:
-        self._store.set_perms(self._view(tx), self.domid, self._path(path, special=True), list(perms))
+        view, wanted = self._view(tx), check_perms(perms)
+        self._store.check_permissions(self.domid, len(wanted))
+        self._store.check_owner(wanted[0].domid)
+        self._store.set_perms(view, self.domid, self._path(path, special=True), wanted)
 
     # --- transactions ---------------------------------------------------------------------------------------
 
@@ -236,8 +239,7 @@ class Connection:
                 event = None if self.on_event is None else self._events.pop()
                 if event is None or self.on_event is None:
                     break
-                watch, path = event
-                self.on_event(watch.event_path(path), watch.token)
+                self.on_event(*event)
         except BaseException:
             if self._events:
                 self._store.notify(self)
@@ -262,6 +264,7 @@ class Connection:
         transaction = self.transactions.get(tx)
         if transaction is None:
             raise _no_transaction(tx)
+        transaction.node_limit = self.limits.transaction_nodes  # which may have been changed since it began
         return transaction
 
     def _path(self, path: str, special: bool = False) -> str:

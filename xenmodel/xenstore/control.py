@@ -29,7 +29,7 @@ def _wrong(words: Sequence[str], right: str) -> XsError:
 
 
 def _value(word: str, least: int) -> int:
-    if not (word.isascii() and word.isdigit() and least <= int(word[:11]) <= _VALUE_MAX):
+    if not (word.isascii() and word.isdigit() and len(word) <= 10 and least <= int(word) <= _VALUE_MAX):
         raise _wrong([word], f"a number from {least} to {_VALUE_MAX}")
     return int(word)
 
@@ -65,6 +65,7 @@ def set_quota(daemon: Xenstored, words: Sequence[str]) -> None:
         record.quota = replace(record.quota or daemon.domains.quota, **{field: value})
     else:
         daemon.domains.quota = replace(daemon.domains.quota, **{field: value})
+    daemon.limits_changed()
 
 
 # --- CONTROL --------------------------------------------------------------------------------------------------------
@@ -122,6 +123,7 @@ def _quotas(daemon: Xenstored, words: Sequence[str], names: Mapping[str, tuple[s
     if len(words) != 3 or words[0] != "set" or words[1] not in names:
         raise _wrong(words, "`set NAME VALUE` with the name of a quota")
     daemon.domains.quota = replace(daemon.domains.quota, **{names[words[1]][0]: _value(words[2], 1)})
+    daemon.limits_changed()
     return "OK"
 
 

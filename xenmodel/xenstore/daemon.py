@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from xenmodel.public.grant_table import GNTTAB_RESERVED_XENSTORE, GNTST_okay
 from xenmodel.public.io.xs_wire import XsType
 from xenmodel.types import Domid, Port
+from xenmodel.xenstore.connection import Connection
 from xenmodel.xenstore.domain import FEATURES, DomainRecord
 from xenmodel.xenstore.errors import XsErrno, XsError, shown
 from xenmodel.xenstore.peer import Peer
@@ -45,15 +46,29 @@ class Xenstored:
         self.domains = store.domains
         self.defer = hypervisor.defer
         self.log: Callable[[str], None] = logger.warning
+        self.on_release: Callable[[Domid], None] = lambda domid: None  # its connections have ended
         self.tracing = False
         self.counts: Counter[int] = Counter()  # requests by type
         self.rings: dict[Domid, _Served] = {}
         self.own_port = 0  # domain 0's end of its channel
         self._stalled: dict[DomainRecord, dict[Peer, None]] = {}
+        self._due: set[Connection] = set()  # peers' that are in the hypervisor's queue
+        self._queue, store.wake = store.wake, self._wake
 
     def peer(self, domid: Domid, flush: Callable[[], None]) -> Peer:
         """A new client of a domain behind a stream of bytes."""
         return Peer(self, domid, flush)
+
+    def _wake(self, connection: Connection) -> None:
+        """Into the queue, once: or each event that was told before its turn came would buy a client another turn."""
+        if self._queue is not None and connection not in self._due:
+            if connection.on_turn is not None:
+                self._due.add(connection)
+            self._queue(connection)
+
+    def turned(self, peer: Peer) -> None:
+        """Its turn has come."""
+        self._due.discard(peer.connection)
 
     # --- domains ------------------------------------------------------------------------------------------------------
 
@@ -130,6 +145,7 @@ class Xenstored:
                 dom0.events.close(served.port)
                 served.unmap()
         self.store.release(domid)
+        self.on_release(domid)
 
     def set_features(self, domid: Domid, features: int) -> None:
         """SET_FEATURE: before the domain is introduced."""
@@ -148,9 +164,14 @@ class Xenstored:
         self._stalled.setdefault(record, {})[peer] = None
         record.relieved = lambda: self._relieve(record)
 
+    def limits_changed(self) -> None:
+        """Whoever waits may go on now."""
+        for record in list(self._stalled):
+            self._relieve(record)
+
     def _relieve(self, record: DomainRecord) -> None:
         """Something outstanding is not any more: let its connections look again."""
-        for peer in self._stalled.pop(record):
+        for peer in self._stalled.pop(record, ()):
             self.store.notify(peer.connection)
 
     def reload(self, force: bool) -> str:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 OUT_MOST = 64 * 1024  # bytes of replies to a client that does not read them
 EVENTS_MOST = 4 * 1024  # bytes waiting before events wait in their queue, where they can be merged
 TURN = 32  # requests before others have their turn
+TURN_S = 0.0005  # or so much time
 MEMORY_RETRY_S = 0.1  # how soon to look again whether a domain's memory has become less
+NO_TIME_S = 1e-6  # sums of floats are hardly ever 0, and a clock that stands still has no later moment
 
 
 class Peer:
@@ -46,11 +48,11 @@ class Peer:
         self._record = self.connection.record
         self._parser = Parser()
         self._busy = self._dirty = False
+        self._room = 0  # events go on into `out` while it is shorter
         self._held = ""  # the quota that is in the way
         self._timed = False  # a timer will look whether it still is
         self._replies: deque[tuple[int, Cause]] = deque()  # where in the stream each ends
         self._sent = self._made = 0  # bytes of the stream
-        self.connection.on_event = self._event
         self.connection.on_turn = self._turn
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
@@ -75,11 +77,7 @@ class Peer:
         self._sent += count
         while self._replies and self._replies[0][0] <= self._sent:
             self._replies.popleft()[1].done()
-        if self.connection.on_event is None and len(self.out) < EVENTS_MOST and not self.failed:
-            self.connection.on_event = self._event
-            if self.connection.pending_events:
-                self.store.notify(self.connection)
-        if self._parser.pending and not self._busy and not self.failed:
+        if not self.failed and (self._parser.pending or (self.connection.pending_events and len(self.out) < EVENTS_MOST)):
             self.store.notify(self.connection)
 
     def fail(self, error: int) -> None:
@@ -101,6 +99,8 @@ class Peer:
         if self._busy:
             return
         self._busy = True
+        clock = self.store.clock
+        until = clock() + TURN_S
         try:
             for _ in range(TURN):
                 if not self._parser.pending or not self._may_serve():
@@ -109,6 +109,8 @@ class Peer:
                 if message is None:
                     return
                 self._serve(message)
+                if clock() > until:
+                    break
             if self._parser.pending:
                 self.store.notify(self.connection)  # the rest in another turn
         except ProtocolError as error:
@@ -131,16 +133,13 @@ class Peer:
             kind, reply = XsType.ERROR, error.errno.value.encode() + b"\0"
         finally:
             self.store.cause = None
-        connection = self.connection
         if kind != XsType.WATCH:
-            while connection.pending_events and connection.on_event is not None:
-                if not connection.dispatch(TURN):
-                    break
+            self._tell_events(self.connection.pending_events, OUT_MOST)
         self._send(kind, req_id, tx_id, reply)
         if cause is not None:
             self._replies.append((self._made, cause))
         if kind == XsType.WATCH:
-            connection.dispatch(TURN)
+            self._tell_events(self.connection.pending_events, OUT_MOST)
 
     def _answer(self, kind: int, tx_id: int, body: bytes) -> bytes:
         handler = HANDLERS.get(kind)
@@ -169,7 +168,7 @@ class Peer:
         if limits.outstanding and record.outstanding >= limits.outstanding:
             self.daemon.stall(self)
             return self._hold("outstanding", f"{record.outstanding} requests are outstanding")
-        if record.credit < 0 and (wait_s := self.store.domains.credit.wait_s(record)) > 0:
+        if record.credit < 0 and (wait_s := self.store.domains.credit.wait_s(record)) > NO_TIME_S:
             self._look_again_in(wait_s)
             return self._hold("write-rate", f"waits {wait_s:.3f} s for the next write")
         if limits.memory and self.store.usage(record.domid).memory >= limits.memory:
@@ -198,30 +197,36 @@ class Peer:
     # --- events -----------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """The hypervisor's loop has come to us: go on with what had to wait, but after the turn.
+        """The hypervisor's loop has come to us: go on with what had to wait, but when dispatch() is over.
 
-        Within it connection.dispatch() cannot be entered again, and a request's own events would be late.
+        It cannot be entered again, and so the own events of a request that is served in it would come after the reply.
         """
-        if not self._busy and not self.connection.closed:
-            self._flush_soon()
+        if not self._busy:
+            self.daemon.turned(self)
+            if not self._dirty and not self.connection.closed:
+                self._dirty = True
+                self.daemon.defer(self._go_on)
+
+    def _go_on(self) -> None:
+        self._dirty = False
+        self._tell_events(TURN, EVENTS_MOST)
+        self._run()
+        self.flush()
+
+    def _tell_events(self, most: int, room: int) -> None:
+        """Put events into `out`, at most so many, as long as it has less than `room` bytes."""
+        connection, busy = self.connection, self._busy
+        if connection.pending_events and len(self.out) < room:
+            self._busy, self._room, connection.on_event = True, room, self._event
+            connection.dispatch(most)
+            self._busy, connection.on_event = busy, None
+            if connection.pending_events and len(self.out) < EVENTS_MOST:
+                self.store.notify(connection)  # the rest in another turn
 
     def _event(self, path: str, token: str) -> None:
         self._send(XsType.WATCH_EVENT, 0, 0, join(path, token))
-        if len(self.out) >= EVENTS_MOST:
+        if len(self.out) >= self._room:
             self.connection.on_event = None
-        if not self._busy:
-            self._flush_soon()
-
-    def _flush_soon(self) -> None:
-        """Once, when this turn is over."""
-        if not self._dirty:
-            self._dirty = True
-            self.daemon.defer(self._flush_now)
-
-    def _flush_now(self) -> None:
-        self._dirty = False
-        self._run()
-        self.flush()
 
     def _send(self, kind: int, req_id: int, tx_id: int, body: bytes) -> None:
         if self.daemon.tracing:

@@ -101,6 +101,7 @@ def _get_perms(peer: Peer, tx: int, body: bytes) -> bytes:
 
 def _set_perms(peer: Peer, tx: int, body: bytes) -> bytes:
     path, *perms = several(body, 2)
+    peer.store.check_permissions(peer.connection.domid, len(perms))
     peer.connection.set_perms(text(path), [Perm.parse(text(perm)) for perm in perms], tx)
     return OK
 

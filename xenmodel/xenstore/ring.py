@@ -33,6 +33,7 @@ class StoreRing:
         self.responses = BytePipe(page[size : 2 * size], self.words, _WORD["rsp_cons"], _WORD["rsp_prod"])
         self.notify = notify
         self._make_peer = make_peer
+        self._given_back = False
         self.peer = make_peer(self.pump)
 
     def introduce(self) -> None:
@@ -60,6 +61,8 @@ class StoreRing:
 
     def pump(self) -> None:
         """Move what can be moved, both ways."""
+        if self._given_back:
+            return  # a turn that was still due
         peer, moved = self.peer, False
         try:
             for _ in range(ROUNDS):
@@ -89,4 +92,6 @@ class StoreRing:
         return count > 0
 
     def close(self) -> None:
+        """The page is not ours any more: it is not looked at again."""
+        self._given_back = True
         self.peer.close()

@@ -27,7 +27,6 @@ from xenmodel.xenstore.perms import (
     OWNS,
     Access,
     Perm,
-    check_perms,
 )
 from xenmodel.xenstore.quota import DEFAULT_QUOTA, Quota, exceeds
 from xenmodel.xenstore.transaction import HEADER_BYTES, PERM_BYTES, Direct, Node, Transaction, Tree, View
@@ -189,14 +188,20 @@ class Store:
         self._remove_subtree(view, path)
         self._publish(view)
 
-    def set_perms(self, view: View, domid: Domid, path: str, wanted: list[Perm]) -> None:
-        """SET_PERMS: the owner and the control domain may; only the control domain may name another owner."""
-        perms = check_perms(wanted)
+    def check_permissions(self, domid: Domid, count: int) -> None:
+        """May `domid` give a node so many? This and the next spoil no transaction: nothing was looked at yet."""
         limit = self.domains.limits(domid).node_permissions
-        if domid != CONTROL_DOMAIN and exceeds(len(perms), limit):
-            self._refuse(view, domid, "permissions", f"{path} would have {len(perms)} permissions, more than {limit}")
-        if perms[0].domid != DOMID_ANY and not self._exists(perms[0].domid):
-            raise XsError(XsErrno.ENOENT, f"there is no domain {perms[0].domid} to own {path}")
+        if domid != CONTROL_DOMAIN and exceeds(count, limit):
+            what = f"a node would have {count} permissions, more than {limit}"
+            self.domains.record(domid).refuse("permissions", what)
+            raise XsError(XsErrno.ENOSPC, what, "permissions")
+
+    def check_owner(self, owner: Domid) -> None:
+        if owner != DOMID_ANY and not self._exists(owner):
+            raise XsError(XsErrno.ENOENT, f"there is no domain {owner} to own a node")
+
+    def set_perms(self, view: View, domid: Domid, path: str, perms: tuple[Perm, ...]) -> None:
+        """SET_PERMS: the owner and the control domain may; only the control domain may name another owner."""
         node = self.get_node(view, domid, path, MAY_WRITE | OWNS)
         if domid != CONTROL_DOMAIN and perms[0].domid != view.live_perms(node)[0].domid:
             raise XsError(XsErrno.EPERM, f"domain {domid} may not give {path} to domain {perms[0].domid}")
@@ -214,6 +219,8 @@ class Store:
             raise XsError(XsErrno.ENOMEM, "a request in the transaction was refused for want of quota")
         if transaction.growth(domid) > 0:
             self._check_nodes(transaction, domid, 0)
+        if not all(owner == DOMID_ANY or self._exists(owner) for owner in transaction.owners):
+            raise XsError(XsErrno.ENOMEM, "a domain that would own a node has died")
         transaction.check_conflicts()
         transaction.commit()
         if self.open_transactions > 1:  # the first is this one
@@ -334,12 +341,9 @@ class Store:
     def _remove_orphans(self, domid: Domid) -> None:
         """XSA-417: what the dead domain owned, with everything below it, whoever owns that."""
         view = Direct(self.tree)
-        for path in sorted(self.tree.owned.get(domid, ())):  # a parent sorts before its children
-            node = self.tree.nodes.get(path)
-            if node is None or node.perms[0].domid != domid:
-                continue
+        for path in self.tree.topmost(domid):
             if path == paths.ROOT or paths.is_special(path):
-                view.change(path, node, perms=(Perm(CONTROL_DOMAIN, Access.NONE),))
+                view.change(path, self.tree.nodes[path], perms=(Perm(CONTROL_DOMAIN, Access.NONE),))
                 view.note(path)
             else:
                 self._remove_subtree(view, path)

@@ -46,7 +46,7 @@ class Node:
     def names(self) -> bytes:
         """The names of the children, each with its NUL."""
         if self.listing is None:
-            self.listing = "".join([f"{name}\0" for name in self.children]).encode("ascii")
+            self.listing = "\0".join([*self.children, ""]).encode("ascii")
         return self.listing
 
 
@@ -95,6 +95,24 @@ class Tree:
             self.owned.setdefault(owner, {})[path] = None
             self.memory[owner] = self.memory.get(owner, 0) + cost(path, node)
 
+    def topmost(self, domid: Domid) -> list[str]:
+        """The nodes a domain owns, without those below one of them, as a walk through the tree meets them; specials last."""
+        owned = self.owned.get(domid, {})
+        on_the_way: set[str] = set()
+        for path in owned:
+            while path not in on_the_way and not paths.is_special(path):
+                on_the_way.add(path)
+                path = paths.parent(path)
+        found, waiting = [], [paths.ROOT]
+        while waiting:
+            path = waiting.pop()
+            if path in owned:
+                found.append(path)
+            if path not in owned or path == paths.ROOT:  # the root stays, whoever owned it
+                names = (paths.child(path, name) for name in reversed(self.nodes[path].children))
+                waiting += [name for name in names if name in on_the_way]
+        return found + [path for path in owned if paths.is_special(path)]
+
     def live_perms(self, node: Node) -> tuple[Perm, ...]:
         """The node's permissions without those given to a domain that has died since (XSA-322, XSA-417).
 
@@ -120,6 +138,7 @@ class View:
         self.tree = tree
         self.before: dict[str, Node | None] = {}  # the committed version of every node put here
         self.events: dict[str, bool] = {}  # path -> only watches of exactly this path
+        self.owners: set[Domid] = set()  # who got or lost a node
         self.failed = False  # a change was refused half way; a transaction must not commit
 
     def get(self, path: str) -> Node | None:
@@ -141,9 +160,12 @@ class View:
     def create(self, path: str, value: bytes, perms: tuple[Perm, ...], child: str = "") -> None:
         """A new node, with its first child if it is made for the sake of one."""
         children: dict[str, None] = {child: None} if child else {}
+        self.owners.add(perms[0].domid)
         self.put(path, Node(value, perms, self.tree.tick(), children, len(child) + 1 if child else 0))
 
     def change(self, path: str, node: Node, value: bytes | None = None, perms: tuple[Perm, ...] | None = None) -> None:
+        if perms is not None:
+            self.owners |= {node.perms[0].domid, perms[0].domid}
         new = Node(
             node.value if value is None else value,
             self.live_perms(node) if perms is None else perms,
@@ -211,6 +233,8 @@ class Transaction(View):
 
     def put(self, path: str, node: Node | None) -> None:
         old = self.get(path)
+        if node is None and old is not None:
+            self.owners.add(old.perms[0].domid)
         if path not in self.before:
             self.before[path] = old
         for version, step in ((old, -1), (node, 1)):

@@ -2,10 +2,10 @@
 
 store.py asks the table which watches a changed path concerns; connection.py owns one queue and delivers
 from it.
-Invariants: an event that is queued already is not queued again; a watch has at most EVENTS_PER_WATCH + 1
-events queued, however fast somebody changes nodes under it: beyond that one event with the watch's own path
-stands for all that follow, which every client must understand anyway as "look at everything" (it is the
-first event any watch gets). Events of a removed watch are gone.
+Invariants: an event that is queued already, for whichever watch of its connection, is not queued again; a watch has at most
+EVENTS_PER_WATCH + 1 events queued, however fast somebody changes nodes under it: beyond that one event with the watch's own
+path stands for all that follow, which every client must understand anyway as "look at everything" (it is the first event any
+watch gets). Events of a removed watch are gone.
 """
 
 from __future__ import annotations
@@ -86,11 +86,23 @@ def _order(watch: Watch) -> int:
     return watch.order
 
 
+class _Event:
+    """One message to be: since when it waits, the request it is counted with, and the watches it stands for."""
+
+    __slots__ = ("cause", "path", "since", "watches")
+
+    def __init__(self, path: str, since: float, cause: Cause | None) -> None:
+        self.path = path  # canonical
+        self.since = since
+        self.cause = cause
+        self.watches: dict[Watch, None] = {}
+
+
 class EventQueue:
-    """One connection's undelivered events, in order: since when each waits, and the request that is outstanding for it."""
+    """One connection's undelivered events, in order, by what the client will read: path and token."""
 
     def __init__(self) -> None:
-        self._events: OrderedDict[tuple[Watch, str], tuple[float, Cause | None]] = OrderedDict()
+        self._events: OrderedDict[tuple[str, str], _Event] = OrderedDict()
         self.memory = 0  # bytes, as the quota counts them
 
     def __len__(self) -> int:
@@ -104,22 +116,28 @@ class EventQueue:
             if path in watch.pending:
                 return
         watch.pending.add(path)
-        if cause is not None:
-            cause.waiting += 1
-        self._events[watch, path] = (now, cause)
-        self.memory += EVENT_BYTES + len(path) + len(watch.token)
+        key = watch.event_path(path), watch.token
+        event = self._events.get(key)
+        if event is None:  # otherwise another watch with this token has it queued already
+            event = self._events[key] = _Event(path, now, cause)
+            if cause is not None:
+                cause.waiting += 1
+            self.memory += EVENT_BYTES + len(path) + len(watch.token)
+        event.watches[watch] = None
 
-    def pop(self) -> tuple[Watch, str] | None:
+    def pop(self) -> tuple[str, str] | None:
+        """What the client is to be told next: path and token."""
         if not self._events:
             return None
-        (watch, path), (_, cause) = self._events.popitem(last=False)
-        watch.pending.discard(path)
-        self._gone(watch, path, cause)
-        return watch, path
+        key, event = self._events.popitem(last=False)
+        for watch in event.watches:
+            watch.pending.discard(event.path)
+        self._gone(key[1], event)
+        return key
 
     def oldest(self) -> float | None:
         """Since when the first of them waits."""
-        return next(iter(self._events.values()))[0] if self._events else None
+        return next(iter(self._events.values())).since if self._events else None
 
     def expire(self, before: float) -> int:
         """Drop those that have waited since before then; how many."""
@@ -131,11 +149,15 @@ class EventQueue:
 
     def forget(self, watch: Watch) -> None:
         for path in watch.pending:
-            _, cause = self._events.pop((watch, path))
-            self._gone(watch, path, cause)
+            key = watch.event_path(path), watch.token
+            event = self._events[key]
+            del event.watches[watch]
+            if not event.watches:
+                del self._events[key]
+                self._gone(watch.token, event)
         watch.pending.clear()
 
-    def _gone(self, watch: Watch, path: str, cause: Cause | None) -> None:
-        self.memory -= EVENT_BYTES + len(path) + len(watch.token)
-        if cause is not None:
-            cause.done()
+    def _gone(self, token: str, event: _Event) -> None:
+        self.memory -= EVENT_BYTES + len(event.path) + len(token)
+        if event.cause is not None:
+            event.cause.done()

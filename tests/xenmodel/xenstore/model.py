@@ -240,12 +240,11 @@ class Model:
         for user in users:
             self.queues[user].clear()
         before, events = dict(self.db), {}
-        for path in sorted(self.db):
-            if path in self.db and owner(self.db[path].perms) == domid:
-                if path == "/":
-                    self.db["/"] = self.entry(self.db["/"].value, ("n0",), self.db["/"].children)
-                    events[path] = False
-                    continue
+        for path in self.topmost(domid, "/"):
+            if path == "/":
+                self.db["/"] = self.entry(self.db["/"].value, ("n0",), self.db["/"].children)
+                events[path] = False
+            else:
                 doomed = self.subtree(0, None, path)
                 events |= {each: each != path for each in doomed}
                 self.cut(None, path, doomed)
@@ -257,6 +256,14 @@ class Model:
             self.forget(tx.now, domid)
         for queue in self.queues.values():  # what the dead one's requests caused is nobody's
             queue[:] = [event._replace(cause=None) if event.cause and event.cause[0] == domid else event for event in queue]
+
+    def topmost(self, domid: int, path: str) -> list[str]:
+        """What a domain owns, without what is below it, in the order of a walk. The root stays, with what is there."""
+        mine = owner(self.db[path].perms) == domid
+        found = [path] if mine else []
+        for name in self.db[path].children if path == "/" or not mine else ():
+            found += self.topmost(domid, below(path, name))
+        return found
 
     def live_update(self) -> None:
         """What is written down and read again has no permissions of the dead any more."""

@@ -131,6 +131,21 @@ def test_timers_are_one_for_a_connection_at_most() -> None:
     assert world.store.timers.next is None
 
 
+def test_a_flood_of_events_is_bounded_and_none_is_lost_for_good() -> None:
+    world = run("0 watch /flood tok\n0 watch /calm calm\n0 events -> /flood:tok /calm:calm")
+    for number in range(3 * EVENTS_PER_WATCH):
+        world.run(f"1 write data/x {number}\n0 write /flood/{number} 1")
+    world.run("0 write /calm 1")
+    connection = world.connection("0")
+    assert connection.pending_events == EVENTS_PER_WATCH + 2
+    world.answer(connection, "events", [], 0)
+    assert world.delivered[EVENTS_PER_WATCH - 1 :] == [
+        f"/flood/{EVENTS_PER_WATCH - 1}:tok",
+        "/flood:tok",
+        "/calm:calm",
+    ]
+
+
 # --- requests that are outstanding ---------------------------------------------------------------------------------------
 
 

@@ -152,6 +152,26 @@ class StoreAgainstModel(RuleBasedStateMachine):
         if not self.tx[user]:
             self.start(user)
 
+    @rule(user=USERS, steps=st.lists(st.tuples(st.sampled_from(["read", "write", "rm", "chmod"]), PATHS, PERMS), max_size=6))
+    def transact(self, user: str, steps: list[tuple[str, str, list[str]]]) -> None:
+        """A whole transaction that nobody disturbs, and what everybody hears of it."""
+        for each in self.users:
+            self.dispatch(each, 99)
+        self.end(user, 1, False)
+        for name, path, perms in steps:
+            match name:
+                case "read":
+                    self.read(user, path, 1)
+                case "write":
+                    self.write(user, path, perms[0].encode(), 1)
+                case "rm":
+                    self.rm(user, path, 1)
+                case _:
+                    self.chmod(user, path, perms, 1)
+        self.end(user, 1, True)
+        for each in self.users:
+            self.dispatch(each, 99)
+
     @rule(user=USERS, path=PATHS, token=TOKENS)
     def watch(self, user: str, path: str, token: str) -> None:
         self.change(user, path, 0, lambda c, p, t: c.watch(p, token), lambda m, d, p, t: m.watch(user, p, token))

@@ -149,6 +149,30 @@ def test_an_owner_has_to_exist(path: str, domid: int) -> None:
             assert control.get_perms(path, each) == before
 
 
+@pytest.mark.parametrize("dead", [3, 4, 5])
+def test_a_commit_needs_the_owners_alive(dead: int) -> None:
+    """Goal: no commit gives a node to a number without a domain.  Method: a transaction gives one to 3, takes one of 4;
+    one of the domains dies before the commit: 5 has nothing to do with it."""
+    alive = {0, 3, 4, 5}
+    store = Store(exists=alive.__contains__)
+    control = store.connect(Domid(0))
+    for path, owner in (("/x", 4), ("/y", 0), ("/z", 5)):
+        control.write(path, b"")
+        control.set_perms(path, [Perm(Domid(owner), Access.NONE)])
+    tx = control.transaction_start()
+    control.set_perms("/y", [Perm(Domid(3), Access.NONE)], tx)
+    control.rm("/x", tx)
+    alive.remove(dead)
+    if dead == 5:
+        control.transaction_end(tx, True)
+        assert control.get_perms("/y") == [Perm(Domid(3), Access.NONE)] and control.directory("/") == ["tool", "y", "z"]
+        return
+    with pytest.raises(XsError, match="has died") as caught:
+        control.transaction_end(tx, True)
+    assert caught.value.errno is XsErrno.ENOMEM
+    assert control.get_perms("/y") == [Perm(Domid(0), Access.NONE)] and store.open_transactions == 0
+
+
 @pytest.mark.parametrize("text", ["n0", "r1", "w65535", "b32751"])
 def test_permission_text_goes_both_ways(text: str) -> None:
     assert str(Perm.parse(text)) == text

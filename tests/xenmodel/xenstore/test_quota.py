@@ -174,6 +174,11 @@ SCRIPTS = {
         1 write data/x 1
         1 perms data/x -> n1 r2 r3
         1 chmod data/x n1 r2 r3 -> ENOSPC
+        1 start t
+        1.t chmod data/x n1 r2 r3 -> ENOSPC
+        1.t chmod data/x n1 r2
+        1 commit t
+        1 perms data/x -> n1 r2
         """,
     ),
     "paths": (

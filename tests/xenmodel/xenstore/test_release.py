@@ -24,8 +24,29 @@ RELEASES = {
         0 ls /local/domain/1 -> nothing
         0 ls /elsewhere -> nothing
         0 usage 1 -> 0 0 0
-        0 events -> /elsewhere/x:e /local/domain/1/data/a/b:b
+        0 events -> /local/domain/1/data/a/b:b /elsewhere/x:e
         1 read data -> EIO
+    """,
+    "its nodes go in the order of a walk through the tree, each once": """
+        0 mkdir /z
+        0 write /b/y/deep 1
+        0 write /b/a 1
+        0 chmod /b/y n1
+        0 chmod /b/y/deep n1
+        0 chmod /b/a n1
+        0 write /a/x 1
+        0 chmod /a n1
+        0 chmod /z n1
+        0 chmod / b1
+        0 chmod @releaseDomain r1
+        0 watch / tok
+        0 watch @releaseDomain out
+        0 watch /b/y/deep deep
+        0 events -> /:tok @releaseDomain:out /b/y/deep:deep
+        0 release 1
+        0 events -> /:tok /local/domain/1/data:tok /z:tok /b/y/deep:deep /b/y:tok /b/a:tok /a:tok @releaseDomain:out
+        0 ls / -> tool local b
+        0 perms / -> n0
     """,
     "permissions do not pass to a new domain of that number": """
         0 write /x 1

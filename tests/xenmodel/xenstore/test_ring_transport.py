@@ -48,7 +48,7 @@ def reconnect(world: World, guest: Guest) -> None:
     world.settle()
 
 
-# --- the stream -------------------------------------------------------------------------------------------------------------
+# --- the stream -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -125,7 +125,7 @@ def test_events_and_replies_share_the_ring() -> None:
     assert reply is not None and reply.body == b"x"
 
 
-# --- what cannot be -----------------------------------------------------------------------------------------------------------
+# --- what cannot be -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -188,7 +188,7 @@ def test_a_message_that_is_too_long(length: int) -> None:
     world.run("1 READ data| -> before")
 
 
-# --- reconnection -------------------------------------------------------------------------------------------------------------
+# --- reconnection ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -223,7 +223,7 @@ def test_a_reconnection_is_a_new_connection(start: int) -> None:
 
 
 def test_reconnecting_all_the_time() -> None:
-    """Goal: it costs its domain its turns and nothing else.  Method: a thousand times, with watches and open transactions."""
+    """Goal: it costs its domain its turns and nothing else.  Method: a thousand times, with a watch and a transaction."""
     world = World()
     guest = world.guest("1")
     before = len(world.dom0.events.channels), len(world.daemon.domains.all())
@@ -249,7 +249,28 @@ def test_who_was_not_offered_it_cannot_reconnect() -> None:
     world.run("3 WATCH x|t| -> EEXIST")
 
 
-# --- pages that change meanwhile ------------------------------------------------------------------------------------------------
+def test_domain_0_has_a_ring_too() -> None:
+    """Goal: the kernel of domain 0 speaks through a ring with domain 0's rights.  Method: requests only it may send."""
+    world = World()
+    guest = world.clients["0r"] = Guest(world.hypervisor, world.dom0)
+    world.daemon.serve_own_domain(guest.page, guest.port)
+    world.run("""
+        0r WRITE /a|1
+        0r CONTROL check| -> OK|
+        0r WATCH domid|t|
+        0 WRITE domid|0
+        0r events -> domid:t domid:t
+        0 INTRODUCE 0|1|1| -> EINVAL
+        0r IS_DOMAIN_INTRODUCED 1| -> T|
+    """)
+    guest["req_prod"] = guest["req_cons"] - 1
+    guest.kick()
+    world.settle()
+    assert guest["error"] and world.daemon.own_port == guest.port
+    world.run("0 READ /a| -> 1\n1 READ data| -> \"\"")
+
+
+# --- pages that change meanwhile ------------------------------------------------------------------------------------------
 
 
 class Scribbled:

@@ -59,8 +59,8 @@ def test_any_bytes(chunks: list[bytes], taken: int) -> None:
                 found += whole(parser)
         found += whole(parser)
     except ProtocolError as error:
-        done = sum(HEADER_BYTES + len(message.body) for message in found)
-        assert SOCKMSG.unpack_from(stream, done)[3] > XENSTORE_PAYLOAD_MAX and "4096" in str(error)
+        at = sum(HEADER_BYTES + len(message.body) for message in found)
+        assert SOCKMSG.unpack_from(stream, at)[3] > XENSTORE_PAYLOAD_MAX and "4096" in str(error)
     else:
         done = b"".join(pack(*message) for message in found)
         assert stream.startswith(done) and parser.pending == len(stream) - len(done)
@@ -117,7 +117,7 @@ def test_strings_of_a_body(body: bytes, expected: list[bytes]) -> None:
     assert strings(body) == expected and len(expected) == body.count(b"\0")
 
 
-@given(st.lists(st.one_of(st.binary(max_size=9).filter(lambda part: b"\0" not in part), st.text("aä\udc80\udcff/", max_size=5))))
+@given(st.lists(st.one_of(st.binary(max_size=9).map(lambda part: part.replace(b"\0", b"")), st.text("aä\udc80\udcff/"))))
 def test_join_is_the_other_way_round(parts: list[str | bytes]) -> None:
     """Goal: what join() made, strings() gives back.  Method: bytes, and text as the store holds names that are no UTF-8."""
     plain = [part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part for part in parts]

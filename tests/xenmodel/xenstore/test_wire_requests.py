@@ -1,6 +1,6 @@
 """Goal: each message of the protocol is taken apart and answered as C xenstored does: 4.17, and 4.22 for what is newer.
 Method: tables of scripts (wireworld.py): requests byte for byte from domain 0 and from a guest's ring; what is expected was
-read from the daemon's do_*() functions. The store's own rules have tests of their own; here it is about bodies and headers."""
+read from the daemon's do_*() functions. The store's rules have tests of their own; here it is about bodies and headers."""
 
 from __future__ import annotations
 
