@@ -68,12 +68,12 @@ def test_tree(host):
         assert host.read(mnt / "domains" / guest / "name") == f"{guest}\n"
         assert host.read(mnt / f"xenstore/local/domain/{domid}/name") == guest
         assert host.read(mnt / f"domains/{domid}/state") == "running\n"
-    assert host.check("ls", mnt / "domains/one/dev").split() == ["xvda", "xvdb", "xvdc", "xvdd"]
+    assert host.check("ls", mnt / "domains/one/dev").split() == ["xen", "xvda", "xvdb", "xvdc", "xvdd"]
     found = host.check("find", mnt).splitlines()
     for path in ("domains/0/inspect/rings", "domains/1/inspect/vbd/xvdb", "domains/3/inspect/grants",
                  "xenstore/local/domain/0/backend/vbd/3/51728/sector-size"):  # fmt: skip
         assert str(mnt / path) in found
-    host.check("find", mnt, "-type", "f", "-not", "-path", "*/dev/*", "-exec", "cat", "{}", "+")
+    host.check("find", mnt, "-type", "f", "-not", "-path", "*/dev/*", "-not", "-name", "xenbus", "-exec", "cat", "{}", "+")
     assert host.read(mnt / "xenstore/local/domain/0/backend/vbd/3/51728/sector-size") == "4096"
     assert "sector-size 4096" in host.read(mnt / "domains/three/inspect/vbd/xvdb")
     assert host.check("stat", "-f", "-c", "%T %S %l", mnt) == "fuseblk 4096 255\n"

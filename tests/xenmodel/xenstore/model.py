@@ -117,7 +117,8 @@ class Model:
         parent = self.look(0, tx, above(path))
         assert parent is not None
         name = path.rsplit("/", 1)[1]
-        self.put(tx, above(path), self.entry(parent.value, parent.perms, (*(c for c in parent.children if c != name), name)))
+        children = parent.children if name in parent.children else (*parent.children, name)
+        self.put(tx, above(path), self.entry(parent.value, parent.perms, children))
         self.put(tx, path, self.entry(value, perms))
 
     def subtree(self, domid: int, tx: Trans | None, path: str) -> list[str]:
