@@ -13,8 +13,9 @@ import trio
 
 from xenfs.fuse.tree import Directory, Node, refuse
 from xenfs.nodes.text import Text, table
-from xenfs.nodes.xenbus import XenbusBackend, XsDevice, XsdPort
+from xenfs.nodes.xenbus import XsDevice
 from xenfs.nodes.xs_dev import XsDevFile
+from xenfs.nodes.xsd import XenbusBackend, XsdPort
 from xenfs.storesocket import StoreSocket
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.types import Domid

@@ -13,7 +13,8 @@ from tests.xenfs.machine import KIB, Kernel, Reply
 from tests.xenfs.xsfile import DOMID, READ, REPLIES, REQUEST, Desk, File, written
 from xenfs.fuse import kernel as k
 from xenfs.fuse.tree import Directory
-from xenfs.nodes.xenbus import BUFFER_BYTES, XenbusBackend, XsdPort
+from xenfs.nodes.xenbus import BUFFER_BYTES
+from xenfs.nodes.xsd import XenbusBackend, XsdPort
 from xenmodel.public.io.xs_wire import SOCKMSG, XsType
 from xenmodel.types import Domid
 from xenmodel.xenstore.perms import Access, Perm

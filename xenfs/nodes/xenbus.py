@@ -13,7 +13,7 @@ O_NONBLOCK. A write that is given up half way is short, by whole requests. A los
 
 Invariants: every READ and WRITE gets one answer; a request goes to the peer whole or not at all; at most one is waited
 for (`talk`), and nothing follows it until its reply is there.
-Left out: what becomes of transactions when the domain migrates; ioctls of xenbus_backend.
+Left out: what becomes of transactions when the domain migrates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from xenfs.fuse import kernel as k
 from xenfs.fuse.session import Session
-from xenfs.fuse.tree import Bytes, Change, Node, Opened, refuse
+from xenfs.fuse.tree import Change, Node, Opened, refuse
 from xenmodel.public.io.xs_wire import SOCKMSG, XSD_ERRORS, XsType
 from xenmodel.xenstore.peer import Peer
 from xenmodel.xenstore.wire import HEADER_BYTES, Message, join, pack
@@ -378,27 +378,3 @@ class XsDevice(Node):
         """The domain is gone: its connections are closed, and who waits has to learn of it."""
         for file in list(self.files):
             file.pump()
-
-
-class XsdPort(Bytes):
-    """proc/xen/xsd_port: the port of this domain's store channel, as a xenstored that runs here wants to know it."""
-
-    def __init__(self, port: Callable[[], int]) -> None:
-        self.port = port
-
-    def text(self) -> bytes:
-        return b"%d" % self.port()
-
-
-class XenbusBackend(XsdPort):
-    """dev/xen/xenbus_backend of the domain that runs the store. Its ioctls tell the port; so does reading, in words."""
-
-    mode = stat.S_IFREG | 0o600
-
-    def open(self, flags: int) -> Opened:
-        return super().open(flags & ~os.O_ACCMODE)  # for its ioctls a xenstored opens it O_RDWR
-
-    def text(self) -> bytes:
-        if not self.port():
-            raise refuse(errno.ENODEV)
-        return b"port %d: the store runs in this domain\n" % self.port()
