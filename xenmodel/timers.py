@@ -29,6 +29,14 @@ class Timers:
 
     def run(self) -> None:
         """Do what is due by now, but not what that adds."""
-        now, last = self.clock(), self._added
-        while self._heap and self._heap[0][0] <= now and self._heap[0][1] <= last:
-            heapq.heappop(self._heap)[2]()
+        now, last, later = self.clock(), self._added, []
+        try:
+            while self._heap and self._heap[0][0] <= now:
+                entry = heapq.heappop(self._heap)
+                if entry[1] > last:
+                    later.append(entry)
+                else:
+                    entry[2]()
+        finally:
+            for entry in later:
+                heapq.heappush(self._heap, entry)

@@ -1,8 +1,9 @@
 """credit.py: the write rate limit of XSA-206, after wrl_*() of tools/xenstored/domain.c.
 
-A domain that writes while somebody has a transaction open may make that transaction fail. Such a write costs a credit;
-credit comes back at a rate that all domains share, and who has less than none waits before its next request is read. So a
-domain that writes all the time cannot keep others from ever committing. Writes that can disturb nobody are free.
+A domain that writes while somebody has a transaction open may make that transaction fail. That costs a credit for each node
+written, and one for a commit beside other transactions; credit comes back at a rate that all domains share, and who has
+less than none waits before its next request is served. So a domain that writes all the time cannot keep others from ever
+committing. Writes that can disturb nobody are free.
 The clock is an argument. Amounts are writes, as floats, where the daemon counts thousandths.
 """
 
@@ -57,10 +58,10 @@ class WriteCredit:
             record.credit = DOMAIN_BURST
             self.reserve += max(0.0, min(surplus, RESERVE_BURST - self.reserve))
 
-    def debit(self, record: Account) -> None:
-        """One write, or one commit, that may have disturbed somebody."""
+    def debit(self, record: Account, nodes: int = 1) -> None:
+        """Nodes were written that somebody may have looked at; a commit counts as one."""
         self.update(record)
-        record.credit -= 1
+        record.credit -= nodes
 
     def wait_s(self, record: Account) -> float:
         """0 if the domain may go on now, or how long until it may."""

@@ -168,8 +168,8 @@ class Domains:
             over = "exceeds" if record.soft_warned else "is below"
             log.warning("domain %d %s its soft memory quota of %d bytes", domid, over, limits.soft_memory)
 
-    def charge(self, domid: Domid) -> None:
-        """Take a credit for a write that may make somebody's transaction fail."""
+    def charge(self, domid: Domid, nodes: int) -> None:
+        """Take a credit for each node written or removed in a way that may make somebody's transaction fail."""
         record = self._records.get(domid)
         if domid != CONTROL_DOMAIN and record is not None and record.introduced:
-            self.credit.debit(record)
+            self.credit.debit(record, nodes)

@@ -57,7 +57,9 @@ class Store:
         self.usage = self.domains.usage
         self._watches_made = 0
         self._wake = wake
-        self.domains.record(CONTROL_DOMAIN).introduced = True
+        own = self.domains.record(CONTROL_DOMAIN)
+        own.introduced = True
+        self.domains.credit.open(own)  # never charged, but one of those among whom the rate is divided
         self.make_directory(Direct(self.tree), CONTROL_DOMAIN, "/tool/xenstored")
 
     # --- domains --------------------------------------------------------------------------------------------
@@ -164,17 +166,16 @@ class Store:
             grown = len(value) - len(node.value)
             self._check_size(view, domid, path, node.size() + grown)
             self._check_grown(view, domid, path, node, grown)
-            self._debit(view, domid)
             view.change(path, node, value=value)
         view.note(path)
-        self._publish(view)
+        self._publish(view, domid)
 
     def make_directory(self, view: View, domid: Domid, path: str) -> None:
         """MKDIR: make sure that the node exists. Nobody is told if it did."""
         if self._find(view, domid, path, MAY_WRITE) is None:
             self._create(view, domid, path, b"")
             view.note(path)
-            self._publish(view)
+            self._publish(view, domid)
 
     def remove(self, view: View, domid: Domid, path: str) -> None:
         """RM: the node and everything below it. That it is missing is fine if its parent exists."""
@@ -184,9 +185,8 @@ class Store:
             return
         if path == paths.ROOT:
             raise XsError(XsErrno.EINVAL, "the root cannot be removed")
-        self._debit(view, domid)
         self._remove_subtree(view, path)
-        self._publish(view)
+        self._publish(view, domid)
 
     def check_permissions(self, domid: Domid, count: int) -> None:
         """May `domid` give a node so many? This and the next spoil no transaction: nothing was looked at yet."""
@@ -208,10 +208,9 @@ class Store:
         grown = (len(perms) - len(node.perms)) * PERM_BYTES
         self._check_size(view, domid, path, node.size() + grown)
         self._check_grown(view, domid, path, node, grown)
-        self._debit(view, domid)
         view.change(path, node, perms=perms)
         view.note(path)
-        self._publish(view)
+        self._publish(view, domid)
 
     def commit(self, transaction: Transaction, domid: Domid) -> None:
         """TRANSACTION_END T: all of it, or EAGAIN (conflict), ENOSPC (quota), ENOMEM (spoilt earlier)."""
@@ -224,7 +223,7 @@ class Store:
         transaction.check_conflicts()
         transaction.commit()
         if self.open_transactions > 1:  # the first is this one
-            self.domains.charge(domid)
+            self.domains.charge(domid, 1)
         self._fire(transaction)
 
     # --- permissions and quotas -----------------------------------------------------------------------------
@@ -268,7 +267,6 @@ class Store:
         self._check_size(view, domid, above, closest.size() + size)
         grown = sum(HEADER_BYTES + len(new) + len(perms) * PERM_BYTES for new in missing) + len(value)
         self._check_memory(view, perms[0].domid, grown, path)
-        self._debit(view, domid)
         view.change_children(above, closest, add=name)
         name = ""
         for new in missing:
@@ -302,11 +300,6 @@ class Store:
         view.failed = True
         self.domains.record(domid).refuse(quota, what)
         raise XsError(XsErrno.ENOSPC, what, quota)
-
-    def _debit(self, view: View, domid: Domid) -> None:
-        """A write outside of transactions costs credit if it may make somebody's transaction fail."""
-        if self.open_transactions and not isinstance(view, Transaction):
-            self.domains.charge(domid)
 
     def expire_events(self, connection: Connection) -> None:
         """Called once when a domain's connection has an event: see in a while whether it was taken, until none is left."""
@@ -351,9 +344,11 @@ class Store:
 
     # --- events ---------------------------------------------------------------------------------------------
 
-    def _publish(self, view: View) -> None:
-        """Tell the watchers now; within a transaction the commit does."""
+    def _publish(self, view: View, domid: Domid) -> None:
+        """Tell the watchers, and charge for what may make somebody's transaction fail. Of a transaction, the commit does."""
         if not isinstance(view, Transaction):
+            if self.open_transactions:
+                self.domains.charge(domid, len(view.before))
             self._fire(view)
 
     def _fire(self, view: View) -> None:

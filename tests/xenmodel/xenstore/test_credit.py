@@ -216,7 +216,7 @@ COSTS = {
         1 chmod data/x n1 r2
         1 rm data/x
         """,
-        4,
+        2 + 2 + 1 + 2,  # a node made or removed, and the one above it
     ),
     "not what changes nothing": (
         """
@@ -238,7 +238,7 @@ COSTS = {
         1 start t
         1 write data/x 1
         """,
-        1,
+        2,
     ),
     "a commit beside another transaction, once": (
         """
@@ -304,7 +304,7 @@ def test_who_does_not_pay() -> None:
     world = run("0 start t")
     for number in range(20):
         world.run(f"0 write /a {number}\n1 write data/x {number}")
-    assert [world.store.domains.record(Domid(domid)).credit for domid in (0, 1)] == [0.0, 0.0]
+    assert [world.store.domains.record(Domid(domid)).credit for domid in (0, 1)] == [10.0, 0.0]
 
 
 def test_time_pays_and_death_gives_back() -> None:
@@ -313,12 +313,12 @@ def test_time_pays_and_death_gives_back() -> None:
     record, credit = world.store.domains.record(Domid(1)), world.store.domains.credit
     for number in range(12):
         world.run(f"1 write data/x {number}")
-    assert (record.credit, credit.reserve) == (-2.0, -20.0)
-    assert credit.wait_s(record) == pytest.approx(2 * 2 / RATE)
-    world.run("0 sleep 0.05")
-    assert credit.wait_s(record) == 0 and record.credit == pytest.approx(3.0)
+    assert (record.credit, credit.reserve) == (-3.0, -30.0), "the first write made the node, in a directory"
+    assert credit.wait_s(record) == pytest.approx(3 * 3 / RATE), "domain 0 has its share of the rate"
+    world.run("0 sleep 0.06")
+    assert credit.wait_s(record) == 0 and record.credit == pytest.approx(1.0)
     world.run("0 release 1\n0 release 1")
-    assert credit.reserve == pytest.approx(-17.0) and credit.domains == 1
+    assert credit.reserve == pytest.approx(-29.0) and credit.domains == 2
     world.run("0 introduce 1")
-    assert credit.reserve == pytest.approx(-27.0) and credit.domains == 2
+    assert credit.reserve == pytest.approx(-39.0) and credit.domains == 3
     assert world.store.domains.record(Domid(1)).credit == DOMAIN_BURST

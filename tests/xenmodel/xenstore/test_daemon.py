@@ -255,6 +255,7 @@ def test_nothing_is_kept_of_who_is_gone(state: str, end: Callable[[World, Guest]
                 3 WRITE x/y|1
             """)
         if state == "full ring":
+            world.wait(1)  # the writes under a transaction have cost credit
             guest.read_on(False)
             for _ in range(100):
                 guest.post(XsType.READ, bytes(400))
