@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
         help="where xenstored listens, for XENSTORED_PATH (default: DIR.xenstored); a program that knows only the built-in "
         "path finds it at /run/xenstored/socket",
     )
-    up.add_argument("configs", nargs="+", metavar="GUEST.cfg", help="a guest's configuration, xl.cfg(5) syntax")
+    up.add_argument(
+        "configs", nargs="*", metavar="GUEST.cfg", help="a guest's configuration, xl.cfg(5) syntax; none: the store alone"
+    )
     demo = commands.add_parser(
         "demo",
         help="show two guests with a disk and a network, step by step",

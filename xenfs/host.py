@@ -163,6 +163,8 @@ class World:
         export = guest.exports.pop(device.node, None)
         if export is not None:
             export.remove()
+            if guest.domain.domid in self.guests:  # else all of it goes
+                self.announce(f"{guest.config.name} {export.name}: gone")
 
     def fronts(self) -> Iterable[tuple[Guest, Blkfront]]:
         for guest in self.guests.values():

@@ -68,6 +68,20 @@ def quota(client: StoreClient, domid: Domid) -> list[list[str]]:
     return rows
 
 
+def set_quota(client: StoreClient, domid: Domid, limit: str) -> None:
+    """SET_QUOTA, of Xen 4.22 and ours: `limit` is NAME=VALUE."""
+    name, _, value = limit.partition("=")
+    if not (name and value.isascii() and value.isdigit()):
+        raise CommandError(f"{shown(limit)} is not NAME=VALUE with a number; without it the names are shown")
+    (answer,) = client.request([(XsType.SET_QUOTA, join(str(domid), name, value))])
+    if isinstance(answer, XsError):
+        if answer.errno is XsErrno.ENOENT:
+            raise CommandError(f"the store knows no domain {domid}")
+        if answer.errno in _UNKNOWN:
+            raise CommandError(f"the store has no quota {shown(name)} for single domains")
+        raise answer
+
+
 def _foreign_quota(client: StoreClient, domid: Domid) -> list[list[str]]:
     """C xenstored tells in two answers what a domain uses and what each may use; no other store counts refusals."""
     answer = _control(client, "quota", domid)
@@ -107,7 +121,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     where = argparse.ArgumentParser(add_help=False)
     one = where.add_mutually_exclusive_group()
     one.add_argument("--socket", metavar="PATH", help=f"the store's socket or device (default: ${ENVIRON})")
-    one.add_argument("--mount", metavar="DIR", help="the store of the `xenfs up` that has mounted at DIR")
+    one.add_argument("--mount", metavar="DIR", help="the store of the `xenfs up` that has mounted at DIR, at DIR.xenstored")
     store = commands.add_parser("store", help="save, restore or reload a xenstore, of xenfs or of Xen")
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
     add = actions.add_parser("dump", parents=[where], help="print a tree with all values and permissions")
@@ -122,8 +136,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add = actions.add_parser("reload", parents=[where], help="let the server start again without losing anything")
     add.add_argument("--force", action="store_true", help="even if transactions are open: they are lost")
     add.set_defaults(do=_reload, parser=add)
-    add = commands.add_parser("quota", parents=[where], help="show what a domain uses of its quotas")
+    add = commands.add_parser("quota", parents=[where], help="show what a domain uses of its quotas, or change its limits")
     add.add_argument("domain", metavar="DOMAIN", help="its name or domid")
+    add.add_argument("limits", nargs="*", metavar="NAME=VALUE", help="limits of its own from now on; 0: none")
     add.set_defaults(do=_quota, parser=add)
 
 
@@ -148,10 +163,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"xenfs: {error.filename or 'error'}: {error.strerror}", file=sys.stderr)
         return 1
     except XsError as error:
-        print(f"xenfs: {socket}: {clean(str(error))}", file=sys.stderr)
+        hint = "" if error.errno is not XsErrno.EACCES else " (through a guest's device one is that guest)"
+        print(f"xenfs: {socket}: {clean(str(error))}{hint}", file=sys.stderr)
         return 1
     except (CommandError, StoreError, TreeError) as error:
-        print(f"xenfs: {clean(str(error))}", file=sys.stderr)
+        hint = ""
+        if options.mount is not None and not os.path.exists(socket):
+            hint = "; if its `xenfs up` has --xenstored-socket, give that with --socket"
+        print(f"xenfs: {clean(str(error))}{hint}", file=sys.stderr)
         return 1
     return status
 
@@ -198,7 +217,10 @@ def _read_entries(file: TextIO) -> list[Entry]:
 
 def _quota(socket: str, options: argparse.Namespace) -> int:
     with StoreClient(socket) as client:
-        rows = quota(client, find_domain(client, options.domain))
+        domid = find_domain(client, options.domain)
+        for limit in options.limits:
+            set_quota(client, domid, limit)
+        rows = quota(client, domid)
     print(table([["quota", "used", "limit", "refused", "last"], *rows]))
     return 0
 

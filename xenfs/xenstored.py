@@ -19,7 +19,7 @@ from xenfs.nodes.xsd import XenbusBackend, XsdPort
 from xenfs.storesocket import StoreSocket
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.types import Domid
-from xenmodel.xenstore.control import statistics
+from xenmodel.xenstore.control import RATE_TEXT, statistics
 from xenmodel.xenstore.peer import Peer
 from xenmodel.xenstore.quota import NAMES
 
@@ -70,7 +70,8 @@ class StoreHost:
         for name, field in (*((name, field) for name, (field, _) in NAMES.items()), ("write-rate", "")):
             refusal = record.refused.get(name)
             refused = (refusal.times, refusal.last[:200]) if refusal else (0, "")
-            rows.append((name, getattr(usage, field, "-"), getattr(limits, field, 0) or "-", *refused))
+            limit = RATE_TEXT if name == "write-rate" and domid else getattr(limits, field, 0) or "-"
+            rows.append((name, getattr(usage, field, "-"), limit, *refused))
         return table(("quota", "used", "limit", "refused", "last"), rows)
 
     def _port(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from xenmodel.public.io.xs_wire import XsType
 from xenmodel.types import Domid
+from xenmodel.xenstore.credit import RATE
 from xenmodel.xenstore.errors import XsErrno, XsError, shown
 from xenmodel.xenstore.quota import NAMES, SOFT_NAMES, SOFT_PREFIX, field_of
 from xenmodel.xenstore.upkeep import problems
@@ -21,6 +22,7 @@ from xenmodel.xenstore.upkeep import problems
 if TYPE_CHECKING:
     from xenmodel.xenstore.daemon import Xenstored
 
+RATE_TEXT = f"{RATE:g}/s"
 _VALUE_MAX = 0x7FFFFFFF  # an int of the daemon
 
 
@@ -144,7 +146,8 @@ def _quota_usage(daemon: Xenstored, words: Sequence[str]) -> str:
         used = getattr(usage, field, "-")
         refusal = record.refused.get(name)
         times, last = (refusal.times, refusal.last) if refusal else (0, "")
-        lines.append(f"{name} {used} {getattr(limits, field, '-')} {times} {last[:200]}".rstrip())
+        limit = RATE_TEXT if name == "write-rate" else getattr(limits, field) or "-"
+        lines.append(f"{name} {used} {limit} {times} {last[:200]}".rstrip())
     return "\n".join(lines) + "\n"
 
 
