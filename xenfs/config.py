@@ -95,6 +95,11 @@ class GuestConfig:
         return NETNS_PREFIX + self.name if self.netns == "guest" else None
 
 
+def default_store_socket(mountpoint: str) -> str:
+    """Where the xenstored of a mount listens unless it is told otherwise: beside it."""
+    return f"{os.path.abspath(mountpoint)}.xenstored"
+
+
 def load_configs(paths: Iterable[str]) -> list[GuestConfig]:
     """Read a guest from each file. ConfigError also if two share a name, a uuid, a vifname or a writable image."""
     guests = [load_config(path) for path in paths]

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from xenfs.config import default_store_socket
 from xenfs.storeclient import StoreClient, StoreError
 from xenfs.storetree import NODES_MAX, Progress, TreeError, dump, load
 from xenmodel.public.io.xs_wire import XsType
@@ -25,7 +26,6 @@ from xenmodel.xenstore.dump import LINE_MAX, DumpError, Entry, parse
 from xenmodel.xenstore.errors import XsErrno, XsError, shown
 from xenmodel.xenstore.wire import join
 
-SOCKET_SUFFIX = ".xenstored"  # after the mount's directory: where `xenfs up` listens
 ENVIRON = "XENSTORED_PATH"  # libxenstore's
 RELOAD_TIMEOUT_S = 60.0
 PROGRESS_S = 0.2  # between two looks of it
@@ -148,9 +148,9 @@ def run(options: argparse.Namespace) -> int:
         if node is not None and not (node.startswith("/") and _is_path(node)):
             options.parser.error(f"{shown(node)} is not the absolute path of a node")
     if options.mount is not None:
-        socket = os.path.abspath(options.mount) + SOCKET_SUFFIX
+        socket = default_store_socket(options.mount)
     else:
-        socket = options.socket or os.environ.get(ENVIRON)
+        socket = options.socket or os.environ.get(ENVIRON) or ""
         if not socket:
             options.parser.error(f"which store? Give --socket or --mount, or set {ENVIRON}")
     try:

@@ -19,14 +19,13 @@ import trio
 
 from blockdev.blkfront import Blkfront
 from blockdev.command import Command
-from xenfs.config import GuestConfig, duplicate_macs
+from xenfs.config import GuestConfig, default_store_socket, duplicate_macs
 from xenfs.fuse.mount import Mount, MountError, free_directory, mount, set_io_flusher
 from xenfs.fuse.serve import Server, sender
 from xenfs.fuse.session import Session
 from xenfs.host import HostError, World
 from xenfs.network import Bridge
 from xenfs.nodes.disk import Disk
-from xenfs.storecmd import SOCKET_SUFFIX
 from xenfs.storesocket import SocketError
 
 log = logging.getLogger("xenfs.up")
@@ -91,7 +90,7 @@ def up(
 def _listen(world: World, mountpoint: str, path: str | None) -> None:
     """Xenstored's socket where it was asked for, or beside the mount if we may write there."""
     try:
-        world.store.socket.listen(Path(path or os.path.abspath(mountpoint) + SOCKET_SUFFIX))
+        world.store.socket.listen(Path(path or default_store_socket(mountpoint)))
     except SocketError as error:
         if path is not None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
             raise

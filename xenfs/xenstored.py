@@ -19,9 +19,8 @@ from xenfs.nodes.xsd import XenbusBackend, XsdPort
 from xenfs.storesocket import StoreSocket
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.types import Domid
-from xenmodel.xenstore.control import RATE_TEXT, statistics
+from xenmodel.xenstore.control import quota_rows, statistics
 from xenmodel.xenstore.peer import Peer
-from xenmodel.xenstore.quota import NAMES
 
 
 class StoreHost:
@@ -64,14 +63,7 @@ class StoreHost:
 
     def _limits(self, domid: Domid) -> str:
         """What the domain uses, of what it may, and what it was refused."""
-        record = self.daemon.domains.record(domid)
-        usage, limits = self.daemon.store.usage(domid), self.daemon.domains.limits(domid)
-        rows = []
-        for name, field in (*((name, field) for name, (field, _) in NAMES.items()), ("write-rate", "")):
-            refusal = record.refused.get(name)
-            refused = (refusal.times, refusal.last[:200]) if refusal else (0, "")
-            limit = RATE_TEXT if name == "write-rate" and domid else getattr(limits, field, 0) or "-"
-            rows.append((name, getattr(usage, field, "-"), limit, *refused))
+        rows = quota_rows(self.daemon, self.daemon.domains.record(domid))
         return table(("quota", "used", "limit", "refused", "last"), rows)
 
     def _port(self) -> int:

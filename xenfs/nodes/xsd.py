@@ -24,7 +24,7 @@ class XsdPort(Bytes):
 
 
 class XenbusBackend(XsdPort):
-    """dev/xen/xenbus_backend of the domain that runs the store. Its ioctls tell the port; so does reading, in words."""
+    """dev/xen/xenbus_backend of the domain that runs the store. Linux's has ioctls for the port; here reading tells it."""
 
     mode = stat.S_IFREG | 0o600
 

@@ -44,21 +44,13 @@ class Connection:
         self.transactions: dict[int, Transaction] = {}
         self._store = store
         self._domains = store.domains
-        self._events = EventQueue()
-        self._watch_bytes = 0
-        self._expiring = False  # a timer looks after the events
+        self._events = EventQueue(record)
         self._next_tx = 1
         self._dispatching = False
 
     @property
     def limits(self) -> Quota:
         return self._domains.limits(self.domid)
-
-    @property
-    def memory(self) -> int:
-        """Bytes that this connection counts for with its domain's quota, beside the domain's nodes."""
-        transactions = sum(transaction.memory for transaction in self.transactions.values())
-        return self._watch_bytes + self._events.memory + transactions
 
     def refusal(self, quota: str, what: str) -> XsError:
         """The error for a limit that is in the way, counted."""
@@ -122,14 +114,15 @@ class Connection:
     def transaction_start(self) -> int:
         self._check_open()
         limits = self.limits
-        if limits.transactions and self._domains.usage(self.domid).transactions >= limits.transactions:
+        if limits.transactions and self.record.transactions >= limits.transactions:
             raise self.refusal("transactions", f"domain {self.domid} has {limits.transactions} transactions open")
         tx = self._next_tx
         while tx in self.transactions:
             tx = tx % _TX_MAX + 1
         self._next_tx = tx % _TX_MAX + 1
-        self.transactions[tx] = Transaction(self._store.tree, limits.transaction_nodes, self.refusal)
+        self.transactions[tx] = Transaction(self._store.tree, limits.transaction_nodes, self.record)
         self._store.open_transactions += 1
+        self.record.transactions += 1
         return tx
 
     def transaction_end(self, tx: int, commit: bool) -> None:
@@ -142,12 +135,17 @@ class Connection:
             if commit:
                 self._store.commit(transaction, self.domid)
         finally:
-            self._store.open_transactions -= 1
+            self._ended(transaction)
 
     def abort_all(self) -> None:
         """Every open transaction ends, uncommitted."""
-        self._store.open_transactions -= len(self.transactions)
-        self.transactions.clear()
+        while self.transactions:
+            self._ended(self.transactions.popitem()[1])
+
+    def _ended(self, transaction: Transaction) -> None:
+        self._store.open_transactions -= 1
+        self.record.transactions -= 1
+        self.record.memory -= transaction.memory
 
     # --- watches --------------------------------------------------------------------------------------------
 
@@ -164,11 +162,12 @@ class Connection:
         if (name, token) in self.watches:
             raise XsError(XsErrno.EEXIST, f"{name} is watched with token {shown(token)} already")
         limit = self.limits.watches
-        if limit and self._domains.usage(self.domid).watches >= limit:
+        if limit and self.record.watches >= limit:
             # Older daemons answered E2BIG here.
             raise self.refusal("watches", f"domain {self.domid} has {limit} watches")
         self._domains.check_memory(self.domid, len(name) + len(token), f"a watch of {name}")
-        self._watch_bytes += len(name) + len(token)
+        self.record.watches += 1
+        self.record.memory += len(name) + len(token)
         self.watches[name, token] = watch
         self._store.watches.add(watch)
         self.queue_event(watch, name)  # which the daemon does not count with the request
@@ -210,18 +209,20 @@ class Connection:
         was_idle = not self._events
         self._events.push(watch, path, self._store.clock(), cause)
         if was_idle:
-            if self.domid != CONTROL_DOMAIN and not self._expiring:  # nobody pays for its events for ever
-                self._expiring = True
-                self._store.expire_events(self)
+            if self.domid != CONTROL_DOMAIN and not self.record.expiring:  # nobody pays for its events for ever
+                self.record.expiring = True
+                self._store.expire_events(self.record)
             if not self._dispatching:
                 self._store.notify(self)
 
     def expire(self, before: float) -> float | None:
         """Drop the events nobody has taken since `before`; since when the oldest of the others waits."""
         self._events.expire(before)
-        oldest = self._events.oldest()
-        self._expiring = oldest is not None
-        return oldest
+        return self._events.oldest()
+
+    def event_memory(self) -> int:
+        """Bytes of the queued events, counted anew (upkeep.problems)."""
+        return self._events.memory()
 
     def dispatch(self, budget: int = 1) -> bool:
         """Deliver at most `budget` events; True if more are queued. on_event may call anything, also close().
@@ -281,7 +282,8 @@ class Connection:
         self.abort_all()
 
     def _forget(self, watch: Watch) -> None:
-        self._watch_bytes -= len(watch.path) + len(watch.token)
+        self.record.watches -= 1
+        self.record.memory -= len(watch.path) + len(watch.token)
         self._store.watches.remove(watch)
         self._events.forget(watch)
 

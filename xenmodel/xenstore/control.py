@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from xenmodel.public.io.xs_wire import XsType
 from xenmodel.types import Domid
 from xenmodel.xenstore.credit import RATE
+from xenmodel.xenstore.domain import DomainRecord, Refusal
 from xenmodel.xenstore.errors import XsErrno, XsError, shown
 from xenmodel.xenstore.quota import NAMES, SOFT_NAMES, SOFT_PREFIX, field_of
 from xenmodel.xenstore.upkeep import problems
@@ -139,16 +140,19 @@ def _quota_usage(daemon: Xenstored, words: Sequence[str]) -> str:
     """A line for each limit: its name, what is used of it (- if that is not counted), the limit, refusals, the last one."""
     if len(words) != 1:
         raise _wrong(words, "the domid of a domain")
-    record = daemon.existing(_domid(words[0]))
+    rows = quota_rows(daemon, daemon.existing(_domid(words[0])))
+    return "".join(f"{' '.join(row)}".rstrip() + "\n" for row in rows)
+
+
+def quota_rows(daemon: Xenstored, record: DomainRecord) -> list[tuple[str, str, str, str, str]]:
+    """Name, used, limit, refusals and the last one, of each limit of a domain; "-" is not counted, or no limit."""
     usage, limits = daemon.store.usage(record.domid), daemon.domains.limits(record.domid)
-    lines = []
+    rows = []
     for name, (field, _) in (*NAMES.items(), ("write-rate", ("", ""))):
-        used = getattr(usage, field, "-")
-        refusal = record.refused.get(name)
-        times, last = (refusal.times, refusal.last) if refusal else (0, "")
-        limit = RATE_TEXT if name == "write-rate" else getattr(limits, field) or "-"
-        lines.append(f"{name} {used} {limit} {times} {last[:200]}".rstrip())
-    return "\n".join(lines) + "\n"
+        refusal = record.refused.get(name, Refusal())
+        limit = getattr(limits, field, RATE_TEXT if record.domid else "-") or "-"
+        rows.append((name, str(getattr(usage, field, "-")), str(limit), str(refusal.times), refusal.last[:200]))
+    return rows
 
 
 def _stats(daemon: Xenstored, words: Sequence[str]) -> str:
@@ -169,7 +173,7 @@ def statistics(daemon: Xenstored) -> str:
         f"watches {sum(each.watches for each in usage)}",
         f"transactions {store.open_transactions}",
         f"queued-events {sum(c.pending_events for record in records for c in record.connections)}",
-        f"memory {sum(store.tree.memory.values()) + sum(c.memory for record in records for c in record.connections)}",
+        f"memory {sum(store.tree.memory.values()) + sum(record.memory for record in records)}",
         f"refused {sum(refusal.times for record in records for refusal in record.refused.values())}",
     ]
     lines += [f"requests-{XsType(kind).name.lower()} {count}" for kind, count in sorted(daemon.counts.items())]

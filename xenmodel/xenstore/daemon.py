@@ -99,7 +99,9 @@ class Xenstored:
         served = self.rings.get(domid)
         if served is not None:
             dom0.events.close(served.port)
-            served.port = self._bind(domid, port)
+            served.port = Port(max(0, self._bind(domid, port)))
+            if not served.port:  # the daemon, too, says OK and waits for another INTRODUCE
+                self.log(f"domain {domid} has no event channel {port} for us: its xenstore ring is deaf")
             served.ring.introduce()
             return
         status, mapping = dom0.maptrack.map(domid, GNTTAB_RESERVED_XENSTORE)

@@ -62,6 +62,10 @@ class DomainRecord:
     features: int = FEATURES
     target: Domid | None = None
     quota: Quota | None = None  # its own limits; None: those of all
+    watches: int = 0  # of all its connections, as are the next two
+    transactions: int = 0
+    memory: int = 0  # bytes of its watches, queued events and transactions; those of its nodes are the tree's to count
+    expiring: bool = False  # a timer looks after its events
     outstanding: int = 0  # requests
     relieved: Callable[[], None] | None = None  # called once when there are fewer
     credit: float = 0.0  # writes; below 0 it has to wait
@@ -130,16 +134,19 @@ class Domains:
 
     def usage(self, domid: Domid) -> Usage:
         """What a domain holds now, all its connections together."""
-        record = self._records.get(domid)
-        connections = record.connections if record is not None else {}
+        record = self._records.get(domid) or DomainRecord(domid)
         return Usage(
             nodes=len(self.tree.owned.get(domid, ())),
-            watches=sum(len(connection.watches) for connection in connections),
-            transactions=sum(len(connection.transactions) for connection in connections),
-            connections=len(connections),
-            outstanding=record.outstanding if record is not None else 0,
-            memory=self.tree.memory.get(domid, 0) + sum(connection.memory for connection in connections),
+            watches=record.watches,
+            transactions=record.transactions,
+            connections=len(record.connections),
+            outstanding=record.outstanding,
+            memory=self.memory(record),
         )
+
+    def memory(self, record: DomainRecord) -> int:
+        """Bytes, by the daemon's way of counting."""
+        return self.tree.memory.get(record.domid, 0) + record.memory
 
     def limits(self, domid: Domid) -> Quota:
         if domid == CONTROL_DOMAIN:
@@ -157,7 +164,8 @@ class Domains:
         limits = self.limits(domid)
         if not (limits.memory or limits.soft_memory) or domid >= DOMID_FIRST_RESERVED:  # DOMID_ANY may own nodes
             return
-        total, record = self.usage(domid).memory + grown, self.record(domid)
+        record = self.record(domid)
+        total = self.memory(record) + grown
         if exceeds(total, limits.memory):
             text = f"domain {domid} would use {total} bytes with {what}, more than {limits.memory}"
             record.refuse("memory", text)

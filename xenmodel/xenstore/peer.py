@@ -171,7 +171,7 @@ class Peer:
         if record.credit < 0 and (wait_s := self.store.domains.credit.wait_s(record)) > NO_TIME_S:
             self._look_again_in(wait_s)
             return self._hold("write-rate", f"waits {wait_s:.3f} s for the next write")
-        if limits.memory and self.store.usage(record.domid).memory >= limits.memory:
+        if limits.memory and self.store.domains.memory(record) >= limits.memory:
             self._look_again_in(MEMORY_RETRY_S)
             return self._hold("memory", f"not read from while it uses {limits.memory} bytes or more")
         self._held = ""

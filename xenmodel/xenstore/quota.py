@@ -1,7 +1,6 @@
 """quota.py: what one unprivileged domain may use up, the defaults of C xenstored (tools/xenstored/domain.c).
 
-Counts are per domain, however many connections it has, and are derived from what exists rather than kept
-beside it: a domid that is used again starts from nothing. The control domain has no quota.
+Counts are per domain, however many connections it has (domain.py). The control domain has no quota.
 Names on the wire (CONTROL quota, GET_QUOTA, SET_QUOTA) are in NAMES; a soft limit only warns.
 """
 

@@ -18,7 +18,7 @@ from xenmodel.timers import Timers
 from xenmodel.types import Domid
 from xenmodel.xenstore import path as paths
 from xenmodel.xenstore.connection import Connection
-from xenmodel.xenstore.domain import Cause, Domains
+from xenmodel.xenstore.domain import Cause, DomainRecord, Domains
 from xenmodel.xenstore.errors import XsErrno, XsError
 from xenmodel.xenstore.perms import (
     CONTROL_DOMAIN,
@@ -301,13 +301,15 @@ class Store:
         self.domains.record(domid).refuse(quota, what)
         raise XsError(XsErrno.ENOSPC, what, quota)
 
-    def expire_events(self, connection: Connection) -> None:
-        """Called once when a domain's connection has an event: see in a while whether it was taken, until none is left."""
+    def expire_events(self, record: DomainRecord) -> None:
+        """Called once when a domain has an event: see in a while whether it was taken, until none is left."""
 
         def look() -> None:
-            oldest = connection.expire(self.clock() - EVENT_TIMEOUT_S)
-            if oldest is not None:
-                self.timers.add(oldest + EVENT_TIMEOUT_S, look)
+            before = self.clock() - EVENT_TIMEOUT_S
+            waiting = [since for each in record.connections if (since := each.expire(before)) is not None]
+            record.expiring = bool(waiting)
+            if waiting:
+                self.timers.add(min(waiting) + EVENT_TIMEOUT_S, look)
 
         self.timers.add(self.clock() + EVENT_TIMEOUT_S, look)
 

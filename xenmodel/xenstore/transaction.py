@@ -15,13 +15,16 @@ the first child added to or removed from a directory that a transaction looked a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from xenmodel.types import Domid
 from xenmodel.xenstore import path as paths
 from xenmodel.xenstore.errors import XsErrno, XsError
 from xenmodel.xenstore.perms import CONTROL_DOMAIN, Access, Perm
+
+if TYPE_CHECKING:
+    from xenmodel.xenstore.domain import DomainRecord
 
 PERM_BYTES = 8  # sizeof(struct xs_permissions), for the quota on a node's size
 HEADER_BYTES = 24  # of a node's record, for the quota on memory
@@ -207,11 +210,11 @@ class Direct(View):
 class Transaction(View):
     """Nodes as they were when first looked at, with changes of its own on top until commit()."""
 
-    def __init__(self, tree: Tree, node_limit: int, refusal: Callable[[str, str], XsError]) -> None:
+    def __init__(self, tree: Tree, node_limit: int, record: DomainRecord) -> None:
         super().__init__(tree)
-        self.memory = 0  # what its copies of nodes count for
+        self.memory = 0  # what its copies of nodes count for, of the domain's
         self.node_limit = node_limit  # 0: none
-        self._refusal = refusal  # counts it with the domain
+        self._record = record
         self.seen: dict[str, int] = {}  # path -> generation it was first seen with, in that order
         self._nodes: dict[str, Node | None] = {}  # as the transaction sees them: every path in `seen`
         self._growth: dict[Domid, int] = {}
@@ -221,14 +224,16 @@ class Transaction(View):
             return self._nodes[path]
         if self.node_limit and len(self.seen) >= self.node_limit:
             self.failed = True
-            raise self._refusal("transaction-nodes", f"more than {self.node_limit} nodes in one transaction")
+            what = f"more than {self.node_limit} nodes in one transaction"
+            self._record.refuse("transaction-nodes", what)
+            raise XsError(XsErrno.ENOSPC, what, "transaction-nodes")
         node = self._nodes[path] = self.tree.nodes.get(path)
         if node is None:
             self.seen[path] = ABSENT
         else:
             self.seen[path] = node.generation
             node.shared = True
-            self.memory += cost(path, node)
+            self._count(cost(path, node))
         return node
 
     def put(self, path: str, node: Node | None) -> None:
@@ -241,8 +246,12 @@ class Transaction(View):
             if version is not None:
                 owner = version.perms[0].domid
                 self._growth[owner] = self._growth.get(owner, 0) + step
-                self.memory += step * cost(path, version)
+                self._count(step * cost(path, version))
         self._nodes[path] = node
+
+    def _count(self, size: int) -> None:
+        self.memory += size
+        self._record.memory += size
 
     def growth(self, domid: Domid) -> int:
         return self._growth.get(domid, 0)

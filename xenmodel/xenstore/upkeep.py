@@ -30,6 +30,14 @@ def problems(store: Store) -> list[str]:
         listed = above is not None and paths.name_of(path) in above.children
         if not listed and path != paths.ROOT and not paths.is_special(path):
             found.append(f"{path} is not among the children of the node above it")
+    for record in store.domains.all():
+        mine = list(record.connections)
+        transactions = [transaction for each in mine for transaction in each.transactions.values()]
+        watches = [watch for each in mine for watch in each.watches.values()]
+        bytes_ = sum(len(watch.path) + len(watch.token) for watch in watches)
+        bytes_ += sum(transaction.memory for transaction in transactions) + sum(each.event_memory() for each in mine)
+        if (record.watches, record.transactions, record.memory) != (len(watches), len(transactions), bytes_):
+            found.append(f"domain {record.domid} is not counted right: {record}")
     if len(owned) != len(tree.nodes) or memory != tree.memory:
         found.append("what the domains own is not what is there")
     return found

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from xenmodel.public.io.xs_wire import XENSTORE_PAYLOAD_MAX
 from xenmodel.xenstore import path as paths
-from xenmodel.xenstore.domain import Cause
+from xenmodel.xenstore.domain import Cause, DomainRecord
 
 if TYPE_CHECKING:
     from xenmodel.xenstore.connection import Connection
@@ -101,12 +101,16 @@ class _Event:
 class EventQueue:
     """One connection's undelivered events, in order, by what the client will read: path and token."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: DomainRecord) -> None:
         self._events: OrderedDict[tuple[str, str], _Event] = OrderedDict()
-        self.memory = 0  # bytes, as the quota counts them
+        self._record = record  # whose memory they count for
 
     def __len__(self) -> int:
         return len(self._events)
+
+    def memory(self) -> int:
+        """Bytes, counted anew."""
+        return sum(EVENT_BYTES + len(event.path) + len(token) for (_, token), event in self._events.items())
 
     def push(self, watch: Watch, path: str, now: float = 0.0, cause: Cause | None = None) -> None:
         if path in watch.pending:
@@ -122,7 +126,7 @@ class EventQueue:
             event = self._events[key] = _Event(path, now, cause)
             if cause is not None:
                 cause.waiting += 1
-            self.memory += EVENT_BYTES + len(path) + len(watch.token)
+            self._record.memory += EVENT_BYTES + len(path) + len(watch.token)
         event.watches[watch] = None
 
     def pop(self) -> tuple[str, str] | None:
@@ -158,6 +162,6 @@ class EventQueue:
         watch.pending.clear()
 
     def _gone(self, token: str, event: _Event) -> None:
-        self.memory -= EVENT_BYTES + len(event.path) + len(token)
+        self._record.memory -= EVENT_BYTES + len(event.path) + len(token)
         if event.cause is not None:
             event.cause.done()

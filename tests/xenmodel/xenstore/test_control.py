@@ -239,7 +239,7 @@ def test_what_a_domain_was_refused() -> None:
     assert table["transactions"] == ("1", "1", "1") and table["permissions"] == ("-", "2", "1")
     assert table["node-size"] == ("-", "100", "1") and table["transaction-nodes"][2] == "1"
     assert table["memory"][1:] == (str(Quota().memory), "0") and int(table["memory"][0]) > 100
-    assert table["outstanding"] == ("0", "20", "0") and table["write-rate"] == ("-", "-", "0")
+    assert table["outstanding"] == ("0", "20", "0") and table["write-rate"] == ("-", "200/s", "0")
     assert "more than 3" in next(line for line in lines if line[0] == "nodes")[4]
     assert all("\n" not in line[4] for line in lines if len(line) > 4)
     other = [line.split() for line in control(world, "quota-usage", "2").splitlines()]
