@@ -24,7 +24,7 @@ import trio
 
 from xenmodel.types import Domid
 from xenmodel.xenstore.daemon import Xenstored
-from xenmodel.xenstore.wire import MESSAGE_MAX
+from xenmodel.xenstore.wire import HEADER_BYTES, MESSAGE_MAX
 
 log = logging.getLogger("xenfs.store")
 
@@ -72,6 +72,8 @@ class Client:
                 data = b""  # reset: the same as an end for us
             if data:
                 self.peer.receive(data)
+                if not self.peer.out and self.peer.backlog < HEADER_BYTES + 1 and not self.peer.failed:
+                    return  # a header: libxenstore sends the parts of a request one by one
             elif data is not None:
                 self.close()
                 return
