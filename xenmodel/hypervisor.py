@@ -23,6 +23,7 @@ from xenmodel.xenstore.daemon import Xenstored
 from xenmodel.xenstore.quota import Quota
 from xenmodel.xenstore.store import Store
 
+DELIVER_S = 0.002  # and then the host's other work has its turn
 TURN_BUDGET = 16  # handlers or watch events one queue entry may run before the others have their turn
 
 Choose = Callable[[int], int]
@@ -118,9 +119,10 @@ class Hypervisor:
         """Give at most `turns` turns to what is due; True if more is due. Handlers must not call it (never re-entered)."""
         assert not self._delivering, "deliver() was called from a handler"
         self._delivering = True
-        due, order = self._due, self.order
+        due, order, clock = self._due, self.order, self.store.clock
+        until = clock() + DELIVER_S
         try:
-            while turns > 0:
+            while turns > 0 and clock() <= until:
                 while self._deferred:
                     self._deferred.popleft()()
                 if not due:

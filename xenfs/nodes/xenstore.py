@@ -186,6 +186,8 @@ class StoreNode(Node):
         if change.valid & (FATTR_UID | FATTR_GID) and not change.same_owner:
             raise refuse(errno.EPERM)
         if change.valid & FATTR_MODE:
+            if self.path == "/":  # its bits are for users of the host, but this would be for all guests
+                raise refuse(errno.EPERM)
             wanted = (MAY_READ if change.mode & stat.S_IROTH else 0) | (MAY_WRITE if change.mode & stat.S_IWOTH else 0)
             owner, *others = self.tree.get_perms(self.path)
             if owner.access.bits != wanted:

@@ -120,7 +120,9 @@ class Connection:
         while tx in self.transactions:
             tx = tx % _TX_MAX + 1
         self._next_tx = tx % _TX_MAX + 1
-        self.transactions[tx] = Transaction(self._store.tree, limits.transaction_nodes, self.record)
+        self.transactions[tx] = Transaction(
+            self._store.tree, limits.transaction_nodes, self.record, self._domains.check_memory
+        )
         self._store.open_transactions += 1
         self.record.transactions += 1
         return tx

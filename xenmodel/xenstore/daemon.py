@@ -16,7 +16,7 @@ from xenmodel.public.grant_table import GNTTAB_RESERVED_XENSTORE, GNTST_okay
 from xenmodel.public.io.xs_wire import XsType
 from xenmodel.types import Domid, Port
 from xenmodel.xenstore.connection import Connection
-from xenmodel.xenstore.domain import FEATURES, DomainRecord
+from xenmodel.xenstore.domain import FEATURES, WARN_PAUSE_S, DomainRecord
 from xenmodel.xenstore.errors import XsErrno, XsError, shown
 from xenmodel.xenstore.peer import Peer
 from xenmodel.xenstore.perms import CONTROL_DOMAIN
@@ -94,14 +94,16 @@ class Xenstored:
         if port <= 0:
             raise XsError(XsErrno.EINVAL, f"{port} is not an event channel")
         dom0 = self.hypervisor.domains.get(CONTROL_DOMAIN)
-        if dom0 is None or domid == CONTROL_DOMAIN:
-            raise XsError(XsErrno.EINVAL, f"domain {domid} cannot be introduced")
         served = self.rings.get(domid)
+        if dom0 is None or (domid == CONTROL_DOMAIN and served is None):
+            raise XsError(XsErrno.EINVAL, f"domain {domid} cannot be introduced")
         if served is not None:
             dom0.events.close(served.port)
             served.port = Port(max(0, self._bind(domid, port)))
             if not served.port:  # the daemon, too, says OK and waits for another INTRODUCE
                 self.log(f"domain {domid} has no event channel {port} for us: its xenstore ring is deaf")
+            if domid == CONTROL_DOMAIN:
+                self.own_port = port
             served.ring.introduce()
             return
         status, mapping = dom0.maptrack.map(domid, GNTTAB_RESERVED_XENSTORE)
@@ -165,6 +167,13 @@ class Xenstored:
         record = peer.connection.record
         self._stalled.setdefault(record, {})[peer] = None
         record.relieved = lambda: self._relieve(record)
+
+    def complain(self, domid: Domid, what: str) -> None:
+        """A line about a client that breaks the protocol; of one domain one now and then, however often it does it."""
+        record, now = self.domains.record(domid), self.store.clock()
+        if now - record.complained_at >= WARN_PAUSE_S:
+            record.complained_at = now
+            self.log(f"domain {domid}: {what}")
 
     def limits_changed(self) -> None:
         """Whoever waits may go on now."""

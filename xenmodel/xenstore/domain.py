@@ -65,6 +65,8 @@ class DomainRecord:
     watches: int = 0  # of all its connections, as are the next two
     transactions: int = 0
     memory: int = 0  # bytes of its watches, queued events and transactions; those of its nodes are the tree's to count
+    events: int = 0  # queued
+    unread: int = 0  # bytes of replies and events that wait for readers of its device files; the carrier's to count
     expiring: bool = False  # a timer looks after its events
     outstanding: int = 0  # requests
     relieved: Callable[[], None] | None = None  # called once when there are fewer
@@ -72,6 +74,7 @@ class DomainRecord:
     credit_at: float = 0.0  # when `credit` was right, seconds
     soft_warned: bool = False
     warned_at: float = -math.inf
+    complained_at: float = -math.inf
     refused: dict[str, Refusal] = field(default_factory=dict)  # by the quota's name
 
     def refuse(self, quota: str, what: str) -> None:
@@ -146,7 +149,7 @@ class Domains:
 
     def memory(self, record: DomainRecord) -> int:
         """Bytes, by the daemon's way of counting."""
-        return self.tree.memory.get(record.domid, 0) + record.memory
+        return self.tree.memory.get(record.domid, 0) + record.memory + record.unread
 
     def limits(self, domid: Domid) -> Quota:
         if domid == CONTROL_DOMAIN:

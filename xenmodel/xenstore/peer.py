@@ -114,7 +114,7 @@ class Peer:
             if self._parser.pending:
                 self.store.notify(self.connection)  # the rest in another turn
         except ProtocolError as error:
-            self.daemon.log(f"domain {self.connection.domid}: {error}; the connection is closed")
+            self.daemon.complain(self.connection.domid, f"{error}; the connection is closed")
             self.fail(XENSTORE_ERROR_PROTO)
         finally:
             self._busy = False

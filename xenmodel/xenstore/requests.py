@@ -146,7 +146,7 @@ def _transaction_end(peer: Peer, tx: int, body: bytes) -> bytes:
 
 def _introduce(peer: Peer, tx: int, body: bytes) -> bytes:
     domid, gfn, port, *_ = several(body, 3)
-    peer.daemon.introduce(domain_id(domid), number(gfn), number(port))
+    peer.daemon.introduce(domain_id(domid), number(gfn), number(port) & 0xFFFFFFFF)
     return OK
 
 

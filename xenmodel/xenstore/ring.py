@@ -63,7 +63,17 @@ class StoreRing:
         """Move what can be moved, both ways."""
         if self._given_back:
             return  # a turn that was still due
-        peer, moved = self.peer, False
+        peer = self.peer
+        moved = not peer.failed and self._move(peer)
+        if peer.failed and self.words[_WORD["error"]] != peer.failed:
+            self.words[_WORD["error"]] = peer.failed
+            moved = True
+        if moved:
+            self.notify()
+
+    def _move(self, peer: Peer) -> bool:
+        """Did anything move?"""
+        moved = False
         try:
             for _ in range(ROUNDS):
                 moved |= self._drain(peer)
@@ -75,13 +85,9 @@ class StoreRing:
                 peer.store.notify(peer.connection)  # more in another turn
             moved |= self._drain(peer)
         except PeerFault as fault:
-            peer.daemon.log(f"domain {self.domid}: its xenstore ring: {fault}")
+            peer.daemon.complain(self.domid, f"its xenstore ring: {fault}")
             peer.fail(xs_wire.XENSTORE_ERROR_RINGIDX)
-        if peer.failed and self.words[_WORD["error"]] != peer.failed:
-            self.words[_WORD["error"]] = peer.failed
-            moved = True
-        if moved:
-            self.notify()
+        return moved
 
     def _drain(self, peer: Peer) -> bool:
         """Answers into the ring, as far as there is room."""

@@ -30,7 +30,7 @@ from xenmodel.xenstore.perms import (
 )
 from xenmodel.xenstore.quota import DEFAULT_QUOTA, Quota, exceeds
 from xenmodel.xenstore.transaction import HEADER_BYTES, PERM_BYTES, Direct, Node, Transaction, Tree, View
-from xenmodel.xenstore.watch import WatchTable
+from xenmodel.xenstore.watch import Watch, WatchTable
 
 Wake = Callable[[Connection], None]
 EVENT_TIMEOUT_S = 20.0  # a domain that leaves an event unread for so long loses it
@@ -361,8 +361,9 @@ class Store:
         becomes unreadable still arrives.
         """
         nodes, direct = self.tree.nodes, not isinstance(view, Transaction)
+        known: dict[str, list[Watch]] = {}
         for path, exact in view.events.items():
-            watches = list(self.watches.at(path)) if exact else self.watches.concerned(path)
+            watches = list(self.watches.at(path)) if exact else self.watches.concerned(path, known)
             if not watches:
                 continue
             above = paths.parent(path)

@@ -15,6 +15,7 @@ the first child added to or removed from a directory that a transaction looked a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -210,11 +211,14 @@ class Direct(View):
 class Transaction(View):
     """Nodes as they were when first looked at, with changes of its own on top until commit()."""
 
-    def __init__(self, tree: Tree, node_limit: int, record: DomainRecord) -> None:
+    def __init__(
+        self, tree: Tree, node_limit: int, record: DomainRecord, check_memory: Callable[[Domid, int, str], None]
+    ) -> None:
         super().__init__(tree)
         self.memory = 0  # what its copies of nodes count for, of the domain's
         self.node_limit = node_limit  # 0: none
         self._record = record
+        self._check_memory = check_memory
         self.seen: dict[str, int] = {}  # path -> generation it was first seen with, in that order
         self._nodes: dict[str, Node | None] = {}  # as the transaction sees them: every path in `seen`
         self._growth: dict[Domid, int] = {}
@@ -227,13 +231,21 @@ class Transaction(View):
             what = f"more than {self.node_limit} nodes in one transaction"
             self._record.refuse("transaction-nodes", what)
             raise XsError(XsErrno.ENOSPC, what, "transaction-nodes")
-        node = self._nodes[path] = self.tree.nodes.get(path)
+        node = self.tree.nodes.get(path)
+        size = HEADER_BYTES + len(path) if node is None else cost(path, node)
+        if node is None and self._record.domid != CONTROL_DOMAIN:  # the daemon counts no copies of what is not there
+            try:
+                self._check_memory(self._record.domid, size, path)
+            except XsError:
+                self.failed = True
+                raise
+        self._count(size)
+        self._nodes[path] = node
         if node is None:
             self.seen[path] = ABSENT
         else:
             self.seen[path] = node.generation
             node.shared = True
-            self._count(cost(path, node))
         return node
 
     def put(self, path: str, node: Node | None) -> None:

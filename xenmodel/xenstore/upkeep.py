@@ -36,7 +36,9 @@ def problems(store: Store) -> list[str]:
         watches = [watch for each in mine for watch in each.watches.values()]
         bytes_ = sum(len(watch.path) + len(watch.token) for watch in watches)
         bytes_ += sum(transaction.memory for transaction in transactions) + sum(each.event_memory() for each in mine)
-        if (record.watches, record.transactions, record.memory) != (len(watches), len(transactions), bytes_):
+        events = sum(each.pending_events for each in mine)
+        counted = (record.watches, record.transactions, record.events, record.memory)
+        if counted != (len(watches), len(transactions), events, bytes_):
             found.append(f"domain {record.domid} is not counted right: {record}")
     if len(owned) != len(tree.nodes) or memory != tree.memory:
         found.append("what the domains own is not what is there")

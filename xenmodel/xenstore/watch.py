@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 from xenmodel.public.io.xs_wire import XENSTORE_PAYLOAD_MAX
 from xenmodel.xenstore import path as paths
 from xenmodel.xenstore.domain import Cause, DomainRecord
+from xenmodel.xenstore.perms import CONTROL_DOMAIN
 
 if TYPE_CHECKING:
     from xenmodel.xenstore.connection import Connection
 
 EVENTS_PER_WATCH = 128
+EVENTS_PER_DOMAIN = 1024  # but for domain 0: beyond, one event stands for all further ones of each watch
 EVENT_BYTES = 16  # of an event's header, for the quota on memory
 
 
@@ -44,6 +46,11 @@ class Watch:
             return True
         below = path if self.path == paths.ROOT else path[len(self.path) :]
         return (0 if path == self.path else below.count("/")) <= self.depth
+
+    def full(self) -> bool:
+        """Would one more event change nothing? The one that stands for all is queued already."""
+        most = len(self.pending) > EVENTS_PER_WATCH or self.connection.record.events >= EVENTS_PER_DOMAIN
+        return most and self.path in self.pending
 
     def event_path(self, path: str) -> str:
         return path[self.prefix_length :]
@@ -73,13 +80,28 @@ class WatchTable:
         """Watches of exactly this path."""
         return iter(self._by_path.get(path, ()))
 
-    def concerned(self, path: str) -> list[Watch]:
-        """Watches of this path or of a node above it, oldest first."""
-        by_path = self._by_path
-        found = [w for above in paths.lineage(path) if above in by_path for w in by_path[above] if w.reaches(path)]
-        if len(found) > 1:
-            found.sort(key=_order)
-        return found
+    def concerned(self, path: str, known: dict[str, list[Watch]]) -> list[Watch]:
+        """Watches of this path or of a node above it, oldest first, without those that can take no more events.
+
+        `known` is kept by the caller for all paths of one change: what is above several of them is looked up once.
+        """
+        if not self._by_path:
+            return []
+        unknown = []
+        while path not in known:
+            unknown.append(path)
+            if path == paths.ROOT or paths.is_special(path):
+                break
+            path = paths.parent(path)
+        found = known.get(path, [])
+        for path in reversed(unknown):
+            own = self._by_path.get(path)
+            if own:
+                found = sorted([*(watch for watch in found if not watch.full()), *own], key=_order)
+            known[path] = found
+        if found:
+            found[:] = [watch for watch in found if not watch.full()]
+        return [watch for watch in found if watch.depth is None or watch.reaches(path)]
 
 
 def _order(watch: Watch) -> int:
@@ -115,7 +137,10 @@ class EventQueue:
     def push(self, watch: Watch, path: str, now: float = 0.0, cause: Cause | None = None) -> None:
         if path in watch.pending:
             return  # and keeps its place
-        if len(watch.pending) >= EVENTS_PER_WATCH or not watch.fits(path):
+        crowded = len(watch.pending) >= EVENTS_PER_WATCH
+        if self._record.domid != CONTROL_DOMAIN:
+            crowded = crowded or self._record.events >= EVENTS_PER_DOMAIN
+        if crowded or not watch.fits(path):
             path = watch.path
             if path in watch.pending:
                 return
@@ -126,6 +151,7 @@ class EventQueue:
             event = self._events[key] = _Event(path, now, cause)
             if cause is not None:
                 cause.waiting += 1
+            self._record.events += 1
             self._record.memory += EVENT_BYTES + len(path) + len(watch.token)
         event.watches[watch] = None
 
@@ -162,6 +188,7 @@ class EventQueue:
         watch.pending.clear()
 
     def _gone(self, token: str, event: _Event) -> None:
+        self._record.events -= 1
         self._record.memory -= EVENT_BYTES + len(event.path) + len(token)
         if event.cause is not None:
             event.cause.done()

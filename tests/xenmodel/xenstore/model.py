@@ -68,7 +68,8 @@ class Trans:
         return count(self.nodes(self.now), domid) - count(self.nodes(self.seen), domid)
 
     def memory(self) -> int:
-        return sum(entry.cost(path) for path, entry in self.nodes(self.now).items())
+        missed = sum(24 + len(path) for path, entry in self.seen.items() if entry is None)  # looked for in vain
+        return missed + sum(entry.cost(path) for path, entry in self.nodes(self.now).items())
 
 
 def count(db: Db, domid: int) -> int:

@@ -260,7 +260,6 @@ def test_domain_0_has_a_ring_too() -> None:
         0r WATCH domid|t|
         0 WRITE domid|0
         0r events -> domid:t domid:t
-        0 INTRODUCE 0|1|1| -> EINVAL
         0r IS_DOMAIN_INTRODUCED 1| -> T|
     """)
     guest["req_prod"] = guest["req_cons"] - 1
@@ -326,3 +325,20 @@ def test_a_page_that_changes_while_it_is_served(seed: int) -> None:
     reconnect(world, guest)
     world.run("1 READ data| -> \"\"")
     others_are_served(world)
+
+
+def test_a_broken_ring_is_complained_of_once() -> None:
+    """Goal: a guest cannot fill the log.  Method: wrong indices, many kicks, and reconnections that do it again."""
+    world, said = World(), []  # type: tuple[World, list[str]]
+    world.daemon.log = said.append
+    guest = world.guest("1")
+    for _ in range(20):
+        guest["req_prod"] = guest["req_cons"] + 5000
+        for _ in range(50):
+            guest.kick()
+            world.settle()
+        assert guest["error"] and len(said) == 1
+        guest["connection"] = 1
+        guest.kick()
+        world.settle()
+    assert world.hypervisor.idle, "and nothing is done for it any more"
