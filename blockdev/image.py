@@ -117,6 +117,8 @@ class Image:
             os.set_blocking(self.fd, True)
         except OSError as error:
             raise StorageError(f"cannot open disk image {self.path}: {error.strerror}") from error
+        except ValueError as error:  # a NUL in it
+            raise StorageError(f"cannot open disk image {self.path!r}: {error}") from error
         try:
             self._check(backing)
         except OSError as error:
@@ -276,7 +278,7 @@ def _loop_device_of(image: str) -> str | None:
     """
     name = os.path.realpath(image)
     for path in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with contextlib.suppress(OSError), open(path) as file:  # gone meanwhile
+        with contextlib.suppress(OSError), open(path, errors="surrogateescape") as file:  # gone meanwhile
             if file.read().rstrip("\n") == name:
                 return "/dev/" + path.split("/")[3]
     return None

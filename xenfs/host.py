@@ -66,6 +66,7 @@ class World:
         self.open_storage = open_storage or (lambda backing: Image(backing, self.workers, time.perf_counter))
         self.hypervisor = Hypervisor(clock=time.monotonic)
         self.store = StoreHost(self.hypervisor, self.kick)
+        self.store.on_release = self._released
         self.toolstack = Toolstack(self.hypervisor)
         self.vifs = Vifs(self.toolstack, self.kick, lambda line: self.announce(line))
         self.dom0 = self.toolstack.create_dom0(DOM0_MEMORY_MIB)
@@ -123,6 +124,15 @@ class World:
         if guest.config.netns_name:
             self.vifs.network.remove_namespace(guest.config.netns_name)
 
+    def _released(self, domid: Domid) -> None:
+        """RELEASE of a domain that runs: the store knows its kernel no more, whose devices would wait for ever. So they go.
+
+        Its directory stays until destroy(). A kernel does not start anew, so an INTRODUCE later brings none of them back.
+        """
+        guest = self.guests.get(domid)
+        if guest is not None:  # else it is being destroyed
+            self.hypervisor.defer(guest.probe.stop)  # we are in the middle of a request
+
     def _directory(self, domain: Domain, dev: Directory) -> Directory:
         inspect = Directory(
             {
@@ -155,7 +165,7 @@ class World:
     def _disk_changed(self, guest: Guest, front: Blkfront, export: Export) -> None:
         export.refresh()
         size = f"{front.sectors / 2048:g} MiB" if front.sectors >= 2048 else f"{front.sectors * 512} bytes"
-        if front.state is XenbusState.Connected:
+        if front.connected:
             mode = "read-only" if front.readonly else "read-write"
             self.announce(f"{guest.config.name} {export.name}: {size}, {mode}, connected")
 

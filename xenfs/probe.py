@@ -33,6 +33,7 @@ class Probe:
         self.failures: dict[str, str] = {}  # why a device has no driver; the store may have refused to hold the reason
         self.added: Callable[[XenbusDevice], None] = lambda _device: None
         self.dropped: Callable[[XenbusDevice], None] = lambda _device: None
+        self._watch: str | None = None
 
     def start(self) -> None:
         self._watch = self.client.watch(self.tree, self._changed)
@@ -100,6 +101,9 @@ class Probe:
             self.dropped(device)
 
     def stop(self) -> None:
-        self.client.unwatch(self._watch)
+        """All drivers go, without a word in the store, which may have closed our connection. Idempotent."""
+        if self._watch is not None:
+            self.client.unwatch(self._watch)
+            self._watch = None
         for node in list(self.devices):
             self._drop(node)

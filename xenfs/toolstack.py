@@ -5,13 +5,15 @@ need in the store, so start-up, hot-plug and a test that pokes the store take th
 here as far as it is in the store: saying where a disk's image is, or that an interface is on its bridge. Putting it there
 is the host's, see `Toolstack.hotplug_vif`.
 
-Invariant: a device has an entry in `_watches` from its attach until its three directories are removed.
+Invariants: a device has an entry in `_watches` from its attach until its three directories are removed; whatever somebody
+with the right to (domain 0's root, a driver) writes in a node costs the device of that node, never the process.
 Left out of the tree: nodes of devices that do not exist here yet (console) and libxl's own bookkeeping below /libxl that
 nobody but libxl reads.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Callable
@@ -25,9 +27,12 @@ from xenmodel.domain import Domain
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.public.grant_table import GNTTAB_RESERVED_XENSTORE
 from xenmodel.public.io.xenbus import XenbusState
-from xenmodel.types import Domid, Gref
+from xenmodel.types import Domid, Gref, PeerFault
 from xenmodel.xenstore.client import Client
+from xenmodel.xenstore.errors import XsError, shown
 from xenmodel.xenstore.perms import Access, Perm
+
+log = logging.getLogger("xenfs.toolstack")
 
 DOM0 = Domid(0)
 KIB_PER_MIB = 1024
@@ -38,6 +43,7 @@ GUEST_OWNED = (
 )  # fmt: skip
 
 MAX_REASON_CHARS = 512  # of a script's error: a write to the store holds 4096 bytes
+MAX_IDENT_DIGITS = 10  # of a uint32_t
 
 KINDS = ("vbd", "vif")
 Node = tuple[str, str]
@@ -119,6 +125,8 @@ class Toolstack:
     def attach_disk(self, domid: int, disk: DiskSpec) -> str:
         """Plug a disk in. The backend's directory."""
         ident = disk.vdev_number
+        if f"/local/domain/0/backend/vbd/{domid}/{ident}" in self._watches:
+            raise ValueError(f"domain {domid} has a disk {ident} already")
         frontend: list[Node] = [
             ("backend-id", "0"), ("state", "1"), ("virtual-device", str(ident)),
             ("device-type", "cdrom" if disk.cdrom else "disk"), ("trusted", str(int(disk.trusted))),
@@ -137,12 +145,12 @@ class Toolstack:
             "xenfs-direct-io": int(disk.direct_io) or None,
         }
         back = self._attach(domid, f"vbd/{ident}", frontend, [], backend, ours)
-        self._watches[back] = self.client.watch(f"{back}/state", lambda _path: self._hotplug_disk(back))
+        self._watches[back] = self._watch(f"{back}/state", lambda _path: self._hotplug_disk(back))
         return back
 
     def attach_vif(self, domid: int, devid: int | None, vif: VifSpec) -> str:
         """Plug an interface in, under this number, or that of `vif`, or the lowest that is free. The backend's directory."""
-        taken = {int(name) for name in self.client.directory(f"/libxl/{domid}/device/vif")}
+        taken = {int(name) for name in self._idents(domid, "vif")}
         devid = vif.devid if devid is None else devid
         devid = next_devid(taken) if devid is None else devid
         if devid in taken:
@@ -163,7 +171,7 @@ class Toolstack:
         backend.append(("hotplug-status", ""))
         ours = {"xenfs-queues": vif.queues if vif.queues > 1 else None}
         back = self._attach(domid, f"vif/{devid}", frontend, [("mtu", str(vif.mtu))], backend, ours)
-        self._watches[back] = self.client.watch(f"{back}/state", lambda _path: self._hotplug_vif(back))
+        self._watches[back] = self._watch(f"{back}/state", lambda _path: self._hotplug_vif(back))
         return back
 
     def _attach(
@@ -214,6 +222,14 @@ class Toolstack:
             return
         path = self.client.read(f"{back}/params") or ""
         try:
+            self._find_disk(back, path)
+        except (XsError, ValueError) as error:  # a NUL in it, or a path that fits `params` and not the longer node
+            self._script_failed(back, f"params {shown(path)}: {error}")
+        else:
+            self.client.write(f"{back}/hotplug-status", "connected")
+
+    def _find_disk(self, back: str, path: str) -> None:
+        try:
             status = os.stat(path)
         except OSError:
             status = None  # blkback will say why it cannot open it
@@ -221,7 +237,6 @@ class Toolstack:
             device = f"{os.major(status.st_rdev):x}:{os.minor(status.st_rdev):x}"
             self.client.write(f"{back}/physical-device", device)
         self.client.write(f"{back}/physical-device-path", path)
-        self.client.write(f"{back}/hotplug-status", "connected")
 
     def _hotplug_vif(self, back: str) -> None:
         """Run the interface's script when netback has said InitWait; once, until netback starts anew."""
@@ -244,15 +259,26 @@ class Toolstack:
         self.hotplug_vif(back, done)
 
     def _hotplugged(self, back: str, reason: str | None, mtu: int | None) -> None:
-        """What vif-bridge, or the function for errors of all scripts, writes at its end."""
+        """What vif-bridge writes at its end."""
+        try:
+            if reason is None:
+                self._promise_mtu(back, mtu)
+        except (XsError, ValueError) as error:  # `frontend` is no path, or `mtu` is longer than a node
+            reason = str(error)
         if reason is not None:
-            self.client.write(f"{back}/hotplug-error", reason[:MAX_REASON_CHARS])
-            self.client.write(f"{back}/hotplug-status", "error")
-            return
+            self._script_failed(back, reason)
+        else:
+            self.client.write(f"{back}/hotplug-status", "connected")
+
+    def _promise_mtu(self, back: str, mtu: int | None) -> None:
         front = self.client.read(f"{back}/frontend")
         if self.client.exists(f"{front}/mtu"):  # the guest may have removed its directory, and is not to get it back
             self.client.write(f"{front}/mtu", mtu or self.client.read(f"{back}/mtu") or DEFAULT_MTU)
-        self.client.write(f"{back}/hotplug-status", "connected")
+
+    def _script_failed(self, back: str, reason: str) -> None:
+        """What the function for errors of all scripts writes."""
+        self.client.write(f"{back}/hotplug-error", reason[:MAX_REASON_CHARS])
+        self.client.write(f"{back}/hotplug-status", "error")
 
     def detach_disk(self, domid: int, ident: int, done: Callable[[], None] = lambda: None) -> None:
         """Hot-unplug a disk; `done` is called when nothing is left of it. ValueError if there is none."""
@@ -285,9 +311,9 @@ class Toolstack:
 
         self.client.unwatch(self._watches.pop(back))
         self.client.transact(ask)
-        self._watches[back] = self.client.watch(f"{back}/state", closed)
+        self._watches[back] = self._watch(f"{back}/state", closed)
 
-    def _remove(self, tx: int, domid: int, kind: str, ident: int) -> None:
+    def _remove(self, tx: int, domid: int, kind: str, ident: int | str) -> None:
         """The three directories, and parents that became empty: they would eat the domain's quota."""
         for root, parent in (
             (f"/local/domain/{domid}/device", kind),
@@ -312,13 +338,29 @@ class Toolstack:
 
         def work(tx: int) -> None:
             for kind in KINDS:
-                for ident in self.client.directory(f"/libxl/{domid}/device/{kind}", tx):
-                    self._remove(tx, domid, kind, int(ident))
+                for ident in self._idents(domid, kind, tx):
+                    self._remove(tx, domid, kind, ident)
             for path in (f"/vm/{self._uuids.pop(domid)}", f"/local/domain/{domid}", f"/libxl/{domid}"):
                 self.client.rm(path, tx)
 
         self.client.transact(work, attempts=1)
         self.hypervisor.destroy_domain(domid)
+
+    def _watch(self, path: str, changed: Callable[[str], None]) -> str:
+        """A watch whose callback ends nothing but itself: what lies in the node, and beside it, anybody may have written."""
+
+        def event(at: str) -> None:
+            try:
+                changed(at)
+            except (XsError, PeerFault, ValueError) as error:
+                log.error("%s: %s", path, error)
+
+        return self.client.watch(path, event)
+
+    def _idents(self, domid: int, kind: str, tx: int = 0) -> list[str]:
+        """The numbers of a domain's devices as libxl keeps them; a name that is none is not ours."""
+        names = self.client.directory(f"/libxl/{domid}/device/{kind}", tx)
+        return [name for name in names if name.isascii() and name.isdigit() and len(name) <= MAX_IDENT_DIGITS]
 
     def _put(self, path: str, value: str, perms: list[Perm], tx: int) -> None:
         self.client.write(path, value, tx)

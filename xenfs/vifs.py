@@ -20,6 +20,7 @@ from xenfs.toolstack import HotplugDone, Toolstack
 from xenmodel.domain import Domain
 from xenmodel.types import PeerFault
 from xenmodel.xenstore.client import Client
+from xenmodel.xenstore.errors import shown
 
 
 class Vifs:
@@ -85,7 +86,7 @@ class Vifs:
         if tap in self._announcing:  # a backend that flaps costs one job at a time
             return
         where = f" in network namespace {tap.namespace}" if tap.namespace else ""
-        bridge = self.toolstack.client.read(f"{front.peer_node}/bridge")
+        bridge = _plain(self.toolstack.client.read(f"{front.peer_node}/bridge"))
         self.announce(f"{guest} {tap.name}: {front.mac.hex(':')}{where}, bridge {bridge}, connected")
 
         def known(frames: object) -> None:
@@ -120,6 +121,11 @@ class Vifs:
                 done(str(result))
 
         self.network.online(_tap(back), read(f"{node}/bridge") or "", mtu, plugged)
+
+
+def _plain(text: str | None) -> str:
+    """As a user's terminal may get it: what lies in the store may be no text, or do things to a terminal."""
+    return text if text is not None and text.isprintable() else shown(text)
 
 
 def _tap(device: Netfront | Netback) -> Tap:

@@ -21,10 +21,13 @@ from xenmodel.hypervisor import Hypervisor
 from xenmodel.types import Domid
 from xenmodel.xenstore.control import quota_rows, statistics
 from xenmodel.xenstore.peer import Peer
+from xenmodel.xenstore.perms import CONTROL_DOMAIN
+
+OPENS_MOST = 256  # of all device files of a domain together; domain 0 has no such limit
 
 
 class StoreHost:
-    """`kick` delivers what a batch of requests caused."""
+    """`kick` delivers what a batch of requests caused. `on_release(domid)` is called from within a request."""
 
     def __init__(self, hypervisor: Hypervisor, kick: Callable[[], bool]) -> None:
         self.hypervisor = hypervisor
@@ -32,6 +35,7 @@ class StoreHost:
         self.socket = StoreSocket(self.daemon, kick, lambda: hypervisor.idle)
         self._kick = kick
         self._devices: dict[Domid, tuple[XsDevice, ...]] = {}
+        self.on_release: Callable[[Domid], None] = lambda domid: None  # its connections have ended
         self.daemon.on_release = self._released
 
     def device_files(self, domid: Domid, dev: Directory) -> Directory:
@@ -39,6 +43,8 @@ class StoreHost:
         def make_peer(flush: Callable[[], None]) -> Peer:
             if domid not in self.hypervisor.domains:
                 raise refuse(errno.ENOENT)  # as Linux says without a store
+            if domid != CONTROL_DOMAIN and len(xenbus.files) + len(freebsd.files) >= OPENS_MOST:
+                raise refuse(errno.ENFILE)
             return self.daemon.peer(domid, flush)
 
         xenbus, freebsd = XsDevice(make_peer), XsDevice(make_peer, XsDevFile)
@@ -57,6 +63,7 @@ class StoreHost:
             device.stop()
         if domid not in self.hypervisor.domains:
             self._devices.pop(domid, None)
+        self.on_release(domid)
 
     def inspect(self, domid: Domid) -> Text:
         return Text(lambda: self._limits(domid) + (f"\n{statistics(self.daemon)}" if domid == 0 else ""))

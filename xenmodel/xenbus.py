@@ -230,17 +230,24 @@ class Backend(XenbusDevice):
     def _offer(self) -> None:
         if self.state in (S.Connected, S.Closing):  # the frontend closed and began again before we looked
             self.finish_closing()
-        if self.state is S.Closed or (self.state is S.Initialising and self._watch is None):
-            self.broken = None
-            self.offer()
-            self.switch_state(S.InitWait)
+        if self.state is S.Closed:
+            self._begin()
+
+    def _begin(self) -> None:
+        self.broken = None
+        self.offer()
+        self.switch_state(S.InitWait)
 
     def start(self) -> None:
-        """The toolstack made the directories, or we are back: offer features, then watch the frontend."""
-        self._offer()
+        """The toolstack made the directories, or we are back: offer features, and watch the frontend.
+
+        The watch comes first, though it fires later: it is refused if `frontend` is no path, and then nothing must have been
+        written to our directory, or whoever looks for devices there would see a change and try again, for ever.
+        """
+        super().start()
+        self._begin()
         with suppress(PeerFault):  # the watch will find it too
             self._left_closed = self.peer_state() is S.Closed
-        super().start()
 
     def peer_state(self) -> XenbusState:
         state = super().peer_state()

@@ -17,6 +17,7 @@ import pytest
 
 from blockdev.image import INLINE_WRITE_BYTES, SLOW_WRITE_S, Image, Workers
 from blockdev.storage import PENDING, Backing, StorageError
+from tests.descriptors import open_files
 from xenmodel.memory import GuestMemory
 from xenmodel.public.io.blkif import BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 
@@ -217,10 +218,10 @@ def test_locks(bench: Bench) -> None:
     for readonly in (True, False):
         with pytest.raises(StorageError, match=r"disk\.img is in use by another"):
             bench.open(path, readonly=readonly)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(StorageError):
         bench.open(path)
-    assert len(os.listdir("/proc/self/fd")) == before, "a refused image is closed"
+    assert open_files() == before, "a refused image is closed"
     writer.close()
     bench.open(path)
 
@@ -241,11 +242,11 @@ def test_what_is_no_image(bench: Bench, name: str) -> None:
     make, reason = REFUSED[name]
     path = bench.path / "thing"
     make(path)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(StorageError) as caught:
         bench.open(str(path), readonly=True)
     assert reason in str(caught.value) and str(path) in str(caught.value)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_readonly(bench: Bench) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from blockdev.image import MOST_JOBS, Image, Workers
 from blockdev.storage import PENDING, Backing, StorageError
+from tests.descriptors import open_files
 from xenmodel.public.io.blkif import BLKIF_RSP_OKAY
 
 MIB = 1 << 20
@@ -116,10 +117,10 @@ def test_more_while_some_are_parked(tmp_path: Path, workers: ByHand) -> None:
 def test_an_image_that_cannot_be_used(workers: ByHand) -> None:
     """Goal: an error after open() is a StorageError with path and reason too, and the descriptor is closed.
     Method: /proc/self/mem, a regular file whose end lseek(2) refuses to look for."""
-    before = os.listdir("/proc/self/fd")
+    before = open_files()
     with pytest.raises(StorageError, match="cannot use disk image /proc/self/mem: Invalid argument"):
         Image(Backing("/proc/self/mem", readonly=True), workers, lambda: 0.0)
-    assert os.listdir("/proc/self/fd") == before
+    assert open_files() == before
 
 
 def test_a_size_that_cannot_be_read(tmp_path: Path, workers: ByHand, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ import sys
 import trio
 
 from netdev.netfront import Netfront
+from tests.descriptors import open_files
 from xenfs.config import load_configs
 from xenfs.host import World
 from xenfs.network import Bridge
@@ -74,7 +75,7 @@ async def obey(world: World, words: list[str]) -> str:
         return str(len(device.queues))
     assert what == "count", what
     hypervisor, vifs = world.hypervisor, world.vifs
-    return f"{len(os.listdir('/proc/self/fd'))} {len(vifs.backs)} {len(vifs.frames.lanes)} {len(hypervisor.domains)}"
+    return f"{len(open_files())} {len(vifs.backs)} {len(vifs.frames.lanes)} {len(hypervisor.domains)}"
 
 
 async def serve(world: World) -> None:

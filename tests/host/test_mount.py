@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from tests.descriptors import open_files
 from xenfs.fuse import kernel
 from xenfs.fuse.mount import MountError, mount, set_io_flusher
 
@@ -106,10 +107,6 @@ def report(**values: object) -> None:
     print(json.dumps(values), flush=True)
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def child(path: str, uid: int, arguments: dict[str, Any]) -> None:
     """Mount as `uid`, report, then serve; one report per command line on stdin, until there is no more."""
     with contextlib.suppress(ImportError, OSError):
@@ -118,11 +115,11 @@ def child(path: str, uid: int, arguments: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    before = descriptors()
+    before = len(open_files())
     try:
         mounted = mount(path, fsname="domain 0", **arguments)
     except MountError as error:
-        report(leaked=descriptors() - before, errno=error.errno, error=str(error))
+        report(leaked=len(open_files()) - before, errno=error.errno, error=str(error))
         return
     fd, files = mounted.fd, Files(uid)
     report(blocking=os.get_blocking(fd), inheritable=os.get_inheritable(fd), device=mounted.device)
@@ -138,7 +135,7 @@ def child(path: str, uid: int, arguments: dict[str, Any]) -> None:
         elif command == "unmount":
             mounted.unmount()
             mounted.unmount()
-            report(fd=mounted.fd, leaked=descriptors() - before)
+            report(fd=mounted.fd, leaked=len(open_files()) - before)
             return
         else:
             files.silent = command == "silent"

@@ -5,7 +5,6 @@ Method: real ones, in network namespaces of their own, looked at with ip(8). Not
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import socket
@@ -23,6 +22,7 @@ import pytest
 from netdev import netlink
 from netdev.netlink import Netlink, NetlinkError
 from netdev.tap import OWN_NETNS, NamespaceError, inside
+from tests.descriptors import open_files
 
 pytestmark = pytest.mark.host
 
@@ -81,9 +81,9 @@ class Space:
         return wire
 
 
-def state() -> tuple[str, int, int]:
+def state() -> tuple[str, set[str], int]:
     """What no call may change: the thread's namespace, the open files, the threads."""
-    return os.readlink(OWN_NETNS), len(os.listdir("/proc/self/fd")), threading.active_count()
+    return os.readlink(OWN_NETNS), open_files(), threading.active_count()
 
 
 @pytest.fixture
@@ -94,10 +94,8 @@ def space() -> Iterator[Space]:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    gc.collect()  # what earlier tests left to the collector would otherwise close its files during this one
     before = state()
     yield
-    gc.collect()
     assert state() == before
 
 

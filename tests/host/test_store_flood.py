@@ -11,13 +11,14 @@ import pytest
 
 from tests.host.net import wait_until
 from tests.host.served import MIB, Host, Served
+from tests.host.test_store_socket import at_rest
 from xenfs.storeclient import StoreClient
 
 pytestmark = pytest.mark.host
 
 # argv: the socket or device, the node below which it may write. Each says `go` when it has begun, and ends with the server.
 HEAD = """if 1:
-    import os, socket, stat, struct, sys, threading
+    import os, socket, stat, struct, sys
     READ, DIRECTORY, WATCH, START, END, WRITE, RM, CONTROL = 2, 1, 4, 6, 7, 11, 13, 0
     path, top = sys.argv[1], sys.argv[2].encode()
     if stat.S_ISSOCK(os.stat(path).st_mode):
@@ -66,9 +67,15 @@ FLOODS = {
     """,
     # never reads: requests until nobody takes them any more
     "deaf": """
-    threading.Timer(0.3, print, ["go"], {"flush": True}).start()
+    os.set_blocking(fd, False)
     for i in range(10**6):
-        send(request(WATCH, top + b"/%d\\0t\\0" % i) + request(WRITE, top + b"/%d\\0x" % (i % 9)))
+        data = request(WATCH, top + b"/%d\\0t\\0" % i) + request(WRITE, top + b"/%d\\0x" % (i % 9))
+        while data:
+            try:
+                data = data[os.write(fd, data):]
+            except BlockingIOError:
+                print("go", flush=True)
+                os.set_blocking(fd, True)
     """,
     # questions that cost the server much
     "dear": """
@@ -109,6 +116,8 @@ def test_a_disk_goes_on(host, flood):
     and SIGTERM ends it all as ever.  Method: two processes with the same flood in different nodes; fio, dd, cmp."""
     server = host.disk()
     floods = [flooder(host, server, flood, top=f"/flood/{i}") for i in range(2)]
+    if flood == "deaf":
+        wait_until(lambda: at_rest(server), "the server to read them no more", 60)
     before = served(server)
     use_the_disk(host, server)
     with StoreClient(f"{server.mnt}.xenstored", timeout_s=60) as client:

@@ -4,9 +4,12 @@ Method: transcripts (see test_store_tools.py) over domains/1/dev/xen/xenbus, and
 from __future__ import annotations
 
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from bench.realstore import WireClient
 from tests.host.served import MIB
 from tests.host.test_store_tools import needs_control, needs_utils, replay
 from xenfs.storeclient import StoreClient
@@ -14,6 +17,8 @@ from xenmodel.public.io.xs_wire import XsType
 from xenmodel.xenstore.wire import join
 
 pytestmark = [pytest.mark.host, needs_utils, needs_control]
+
+QUICK_S = 5.0  # less than xenfs waits for what hangs
 
 GUEST_SAYS = r"""
 $ xenstore-read name domid /local/domain/1/name
@@ -130,6 +135,42 @@ def test_released(host):
     program.stdin.flush()
     assert host.finish(program).stdout == "Input/output error\nInput/output error\n"
     server.stop()
+
+
+BUSY = """if 1:
+    import mmap, os, sys
+    fd = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
+    page = mmap.mmap(-1, 4096)
+    print("begins", flush=True)
+    for call in (os.preadv, os.pwritev):
+        try:
+            while True:
+                call(fd, [page], 4096)
+                os.pwritev(fd, [page], 0)
+        except OSError as error:
+            print(os.strerror(error.errno), flush=True)
+"""
+
+
+def test_released_with_a_disk(host):
+    """Goal: RELEASE of a guest fails the I/O of its disk instead of keeping it, says that the disk is gone, leaves another
+    guest's alone, and the end is clean and quick.
+    Method: a program that reads and writes until it gets an error; RELEASE over the socket; SIGTERM."""
+    one, two = (host.config(name, f"{host.image(f'{name}.img')},raw,xvda,w") for name in ("one", "two"))
+    server = host.up(one, two)
+    programs = [host.client(sys.executable, "-c", BUSY, server.disk("one")) for _ in range(2)]
+    assert [program.stdout.readline() for program in programs] == ["begins\n"] * 2
+    with WireClient(Path(f"{server.mnt}.xenstored")) as client:
+        assert client.request(XsType.RELEASE, b"1\0").body == b"OK\0"
+    assert server.line() == "one xvda: gone"
+    for program in programs:
+        assert host.finish(program).stdout == "Input/output error\n" * 2
+    assert host.check("ls", server.mnt / "domains/one/dev") == "xen\n"
+    assert host.read(server.mnt / "domains/one/name") == "one\n"
+    host.check("dd", "if=/dev/zero", f"of={server.disk('two')}", "bs=64k", "count=4", "conv=notrunc,fsync")
+    before = time.monotonic()
+    server.stop()
+    assert time.monotonic() - before < QUICK_S
 
 
 FRONTEND = "/local/domain/1/device/vbd/51712"

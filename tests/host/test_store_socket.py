@@ -87,6 +87,20 @@ def test_the_built_in_place(host):
     server.stop()
 
 
+def test_without_guests(host):
+    """Goal: `xenfs up` without a guest serves the store alone, over the socket and domain 0's device.
+    Method: what it says; the domains that there are; a write here, a read there; SIGTERM."""
+    server = host.start().wait_ready()
+    assert server.lines == [] and mounts_at(server.mnt) != []
+    with StoreClient(socket_of(server)) as client:
+        assert client.directory("/local/domain") == ["0"]
+        client.write("/tool/x", b"1")
+    assert host.check("ls", server.mnt / "domains").split() == ["0"]
+    code = "import sys; from xenfs.storeclient import StoreClient; print(StoreClient(sys.argv[1]).read('/tool/x'))"
+    assert host.python(code, server.mnt / "domains" / "0" / "dev" / "xen" / "xenbus") == "b'1'\n"
+    server.stop()
+
+
 def live(path: Path) -> socket.socket:
     """Somebody who listens there."""
     listener = socket.socket(socket.AF_UNIX)
@@ -192,6 +206,14 @@ def stats(server: Served) -> dict[str, int]:
     with StoreClient(socket_of(server)) as client:
         found = {name: int(count) for name, count in (row.split() for row in client.control("stats").splitlines())}
     return found | {"connections": found["connections"] - 1}
+
+
+def at_rest(server: Served) -> bool:
+    """Does nobody get anything but who asks this?"""
+    with StoreClient(socket_of(server)) as client:
+        looks = [client.control("stats").splitlines() for _ in range(10)]
+    counts = [sum(int(row.split()[1]) for row in rows if row.startswith("requests-")) for rows in looks]
+    return counts == list(range(counts[0], counts[0] + 10))
 
 
 @contextlib.contextmanager
@@ -339,6 +361,7 @@ def test_a_client_that_never_reads(host, server):
         )
         with pytest.raises(TimeoutError):
             deaf.sendall(requests)
+        wait_until(lambda: at_rest(server), "the server to read no more of it")
         blocked = stats(server)
         assert 0 < blocked["watches"] < 5000
         client.watch("/t", "mine")

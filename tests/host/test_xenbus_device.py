@@ -184,11 +184,11 @@ os.write(fd, request(WATCH, b"data/x\\0t\\0"))
 print(message(fd), message(fd))
 fcntl.fcntl(fd, fcntl.F_SETFL, os.O_RDWR | os.O_NONBLOCK)
 for _ in range(3):
+    began = time.monotonic()  # before the other process can know that we wait
     try:
         os.read(fd, 16)
     except BlockingIOError:
         print("nothing")
-    began = time.monotonic()
     {WAIT_FOR[how]}
     print(message(fd), time.monotonic() - began > 0.1)
 """
@@ -211,8 +211,8 @@ def test_signals(guest, name):
 def handle(number, frame):
     raise TimeoutError
 signal.signal(signal.SIGALRM, handle)
-signal.setitimer(signal.ITIMER_REAL, 0.2)
 try:
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
     os.read(fd, 16)
 except TimeoutError:
     print("interrupted")

@@ -15,6 +15,7 @@ from bench import realstore
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.public.io.xs_wire import XsType
 from xenmodel.types import Domid
+from xenmodel.xenstore.dump import Entry, parse
 from xenmodel.xenstore.peer import Peer
 from xenmodel.xenstore.wire import Message, Parser, join, pack
 
@@ -73,12 +74,13 @@ def event(path: str, token: str) -> bytes:
 Serve = Callable[[Script], Server]
 
 
-def servers_in(directory: Path) -> Iterator[Serve]:
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
     """Starts servers; the test's own connections are closed before they end."""
     servers: list[Server] = []
 
     def start(script: Script) -> Server:
-        servers.append(Server(directory / f"socket{len(servers)}", script))
+        servers.append(Server(tmp_path / f"socket{len(servers)}", script))
         return servers[-1]
 
     yield start
@@ -162,3 +164,37 @@ def running(kind: str, directory: Path) -> Iterator[Store]:
     with STORES[kind](directory) as store:
         store.add_domain(1)
         yield store
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A store that knows domains 0 and 1."""
+    with running(request.param, tmp_path / "store") as made:
+        yield made
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Iterator[OurXenstored]:
+    with running("ours", tmp_path / "ours") as made:
+        assert isinstance(made, OurXenstored)
+        yield made
+
+
+# A tree with all kinds of values and permissions, as a dump shows it.
+TREE = r"""
+# a guest
+/local = ""   (n0)
+/local/domain = ""   (n0)
+/local/domain/1 = ""   (n0,r1)
+/local/domain/1/name = "guest1"   (n0,r1)
+/local/domain/1/zz = ""   (n1)
+/local/domain/1/zz/value = "say \"it\"\t\000\x1b[31m\xff \\ "   (n1,r0)
+/local/domain/1/aa = "second, though it sorts first"   (b1,r0)
+/local/domain/0 = ""   (r0)
+/local/domain/0/name = "Domain-0"   (n0)
+"""[1:].replace(r"\"", '"')
+LINES = TREE.splitlines()[1:]
+
+
+def entries(text: str = TREE) -> list[Entry]:
+    return list(parse(text.splitlines()))

@@ -52,7 +52,7 @@ def test_version_and_help(place):
 
 
 USAGE = [
-    [], ["down"], ["up"], ["up", "--mount", "mnt"], ["up", "good.cfg"], ["--log-level", "loud", "up", "--mount", "m", "c"],
+    [], ["down"], ["up"], ["up", "--mount"], ["up", "good.cfg"], ["--log-level", "loud", "up", "--mount", "m", "c"],
 ]  # fmt: skip
 
 
@@ -102,6 +102,7 @@ def test_options():
         options = parser().parse_args(["up", "--mount", "m", *words, "a.cfg", "b.cfg"])
         assert (options.allow_other, options.configs, options.mount) == (expected, ["a.cfg", "b.cfg"], "m")
         assert options.bridge == []
+    assert parser().parse_args(["up", "--mount", "m"]).configs == []
 
 
 def test_bridges(monkeypatch, tmp_path):

@@ -290,6 +290,29 @@ def test_gone():
         assert machine.world.guests[1].probe.devices == {}
 
 
+def test_going_is_told():
+    """Goal: a disk that is gone while its guest goes on is announced, once; what goes with its guest, or at the end, is not.
+    Method: one is detached, one loses its directory, one is left for the guest's end, one for that of all."""
+    storages = {vdev: MemoryStorage(SECTORS) for vdev in ("xvda", "xvdb", "xvdc")}
+    said: list[str] = []
+
+    def told() -> list[str]:
+        return [line for line in said if line.endswith(": gone")]
+
+    with Machine({"g": storages, "h": {"xvda": MemoryStorage(SECTORS)}}) as machine:
+        machine.world.announce = said.append
+        machine.world.toolstack.detach_disk(1, 51712)
+        machine.world.settle()
+        assert told() == ["g xvda: gone"]
+        machine.world.toolstack.client.rm("/local/domain/1/device/vbd/51728")
+        machine.world.settle()
+        assert told() == ["g xvda: gone", "g xvdb: gone"]
+        machine.world.destroy(1)
+        machine.world.settle()
+        assert machine.kernel.names("domains") == [".", "..", "0", "2", "h"]
+    assert told() == ["g xvda: gone", "g xvdb: gone"]
+
+
 def test_destroyed():
     """Goal: a disk of a domain that is destroyed while the disk is open answers EIO.  Method: destroy, then ask all."""
     with Machine({"g": {"xvda": MemoryStorage(SECTORS)}, "h": {"xvda": MemoryStorage(SECTORS)}}) as machine:

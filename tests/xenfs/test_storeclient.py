@@ -14,17 +14,12 @@ from pathlib import Path
 import pytest
 
 from bench import realstore
-from tests.xenfs.storepeers import TIMEOUT_S, Serve, event, refuse, reply, servers_in, talk
+from tests.xenfs.storepeers import TIMEOUT_S, event, refuse, reply, talk
 from xenfs.storeclient import ATTEMPTS, WINDOW, Event, StoreClient
 from xenmodel.public.io.xs_wire import XENSTORE_PAYLOAD_MAX, XsType
 from xenmodel.xenstore.errors import XsErrno, XsError
 from xenmodel.xenstore.perms import Perm
 from xenmodel.xenstore.wire import Message, join
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    yield from servers_in(tmp_path)
 
 
 @pytest.fixture
@@ -234,13 +229,19 @@ def test_a_device(tmp_path):
     server, device = os.openpty()
     tty.setraw(device)
     asked: list[Message] = []
+    full: list[bool] = []
     wanted = [(XsType.WRITE, join("/a") + bytes([number]) * 2000) for number in range(WINDOW)]
 
     def receive(size: int) -> bytes:
-        return os.read(server, size) if select.select([server], [], [], 0.3)[0] else b""
+        if len(asked) == len(wanted) or not select.select([server], [], [], TIMEOUT_S)[0]:
+            return b""
+        return os.read(server, size)
 
     def serve() -> None:
-        time.sleep(0.1)  # until the terminal is full
+        deadline = time.monotonic() + TIMEOUT_S
+        while select.select([], [device], [], 0)[1] and time.monotonic() < deadline:
+            time.sleep(0.001)  # until the terminal is full
+        full.append(time.monotonic() < deadline)
         talk(receive, lambda data: os.write(server, data), asked, lambda m: reply(m, m.body[-1:]))
 
     with StoreClient(os.ttyname(device)) as client:
@@ -250,6 +251,7 @@ def test_a_device(tmp_path):
         thread.start()
         assert client.request(wanted) == [bytes([number]) for number in range(WINDOW)]
     thread.join(TIMEOUT_S)
+    assert full == [True]
     assert [message.body for message in asked] == [body for _, body in wanted]
     os.close(server)
     os.close(device)

@@ -7,21 +7,14 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.xenfs.storepeers import TIMEOUT_S, Script, Serve, event, refuse, reply, servers_in
+from tests.xenfs.storepeers import TIMEOUT_S, Script, event, refuse, reply
 from xenfs import storeclient
 from xenfs.storeclient import StoreClient, StoreError
 from xenmodel.public.io.xs_wire import SOCKMSG, XsType
 from xenmodel.xenstore.wire import Message, pack
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    yield from servers_in(tmp_path)
 
 
 def close(message: Message) -> bytes:

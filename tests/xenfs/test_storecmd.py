@@ -8,59 +8,28 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench import realstore
-from tests.xenfs.storepeers import STORES, TIMEOUT_S, OurXenstored, Serve, Store, refuse, reply, running, servers_in
+from tests.xenfs.storepeers import (
+    LINES,
+    TIMEOUT_S,
+    TREE,
+    OurXenstored,
+    entries,
+    refuse,
+    reply,
+)
 from xenfs import storecmd
 from xenfs.storeclient import Event, StoreClient
 from xenfs.storetree import dump, load
-from xenmodel.xenstore.dump import HEADER, LINE_MAX, Entry, parse
+from xenmodel.xenstore.dump import HEADER, LINE_MAX
 from xenmodel.xenstore.errors import XsError
 from xenmodel.xenstore.wire import join
 
 ROOT = Path(storecmd.__file__).parents[1]
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    """A store that knows domains 0 and 1."""
-    with running(request.param, tmp_path / "store") as made:
-        yield made
-
-
-@pytest.fixture
-def ours(tmp_path: Path) -> Iterator[OurXenstored]:
-    with running("ours", tmp_path / "ours") as made:
-        assert isinstance(made, OurXenstored)
-        yield made
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    yield from servers_in(tmp_path)
-
-
-TREE = r"""
-# a guest
-/local = ""   (n0)
-/local/domain = ""   (n0)
-/local/domain/1 = ""   (n0,r1)
-/local/domain/1/name = "guest1"   (n0,r1)
-/local/domain/1/zz = ""   (n1)
-/local/domain/1/zz/value = "say \"it\"\t\000\x1b[31m\xff \\ "   (n1,r0)
-/local/domain/1/aa = "second, though it sorts first"   (b1,r0)
-/local/domain/0 = ""   (r0)
-/local/domain/0/name = "Domain-0"   (n0)
-"""[1:].replace(r"\"", '"')
-LINES = TREE.splitlines()[1:]
-
-
-def entries(text: str = TREE) -> list[Entry]:
-    return list(parse(text.splitlines()))
 
 
 def main(*words: object) -> int:
@@ -247,6 +216,57 @@ def test_quota(store, capsys):
         client.write("/local/domain/2/name", b"guest1")
     assert main("quota", "--socket", store.socket, "guest1") == 1
     assert "2 domains are called 'guest1'" in capsys.readouterr().err
+
+
+def test_limits(store, capsys):
+    """Goal: a domain gets limits of its own, another one keeps its own, 0 is none; a store without such says that it cannot.
+    Method: three stores; two limits at once, by name; one is switched off."""
+    store.add_domain(2)
+    with StoreClient(store.socket) as client:
+        load(client, entries('/local/domain/1/name = "guest1"   (n0,r1)\n'))
+    words = ["quota", "--socket", store.socket]
+    if not isinstance(store, OurXenstored):
+        assert main(*words, "guest1", "nodes=2", "watches=3") == 1
+        assert capsys.readouterr() == ("", "xenfs: the store has no quota 'nodes' for single domains\n")
+        return
+    assert main(*words, "2") == 0
+    before = rows_of(capsys)
+    assert main(*words, "guest1", "nodes=2", "watches=3") == 0
+    limits = {name: limit for name, (_, limit, *_) in before.items()}
+    assert {name: limit for name, (_, limit, *_) in rows_of(capsys).items()} == limits | {"nodes": "2", "watches": "3"}
+    assert main(*words, "2") == 0
+    assert rows_of(capsys) == before
+    assert main(*words, "1", "watches=0") == 0
+    rows = rows_of(capsys)
+    assert (rows["nodes"][1], rows["watches"][1]) == ("2", "-")
+
+
+BAD_LIMITS = {
+    "nodes": "'nodes' is not NAME=VALUE with a number",
+    "nodes=": "'nodes=' is not NAME=VALUE with a number",
+    "=1": "'=1' is not NAME=VALUE with a number",
+    "nodes=-1": "'nodes=-1' is not NAME=VALUE with a number",
+    "nodes=1=1": "'nodes=1=1' is not NAME=VALUE with a number",
+    "nodes=\u0661": "is not NAME=VALUE with a number",
+    "nonsense=1": "the store has no quota 'nonsense' for single domains",
+    "\x1b[2J=1": r"the store has no quota '\x1b[2J' for single domains",
+}
+
+
+@pytest.mark.parametrize("limit", BAD_LIMITS)
+def test_bad_limits(ours, capsys, limit):
+    """Goal: what is no limit is one line and status 1, and nothing is changed.  Method: a table; a domain of nobody's."""
+    words = ["quota", "--socket", ours.socket]
+    assert main(*words, "1") == 0
+    before = rows_of(capsys)
+    for domain, says in (("1", BAD_LIMITS[limit]), ("7", "NAME=VALUE" if "NAME" in BAD_LIMITS[limit] else "")):
+        assert main(*words, domain, limit) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("xenfs: ") and says in err and err.count("\n") == 1
+    assert main(*words, "1") == 0
+    assert rows_of(capsys) == before
+    assert main(*words, "7", "nodes=1") == 1
+    assert capsys.readouterr().err == "xenfs: the store knows no domain 7\n"
 
 
 def test_refusals(serve, capsys):

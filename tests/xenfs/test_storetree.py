@@ -6,57 +6,27 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from bench import realstore
-from tests.xenfs.storepeers import STORES, TIMEOUT_S, OurXenstored, Serve, Store, refuse, reply, running, servers_in
+from tests.xenfs.storepeers import (
+    LINES,
+    TIMEOUT_S,
+    TREE,
+    Store,
+    entries,
+    refuse,
+    reply,
+    running,
+)
 from xenfs import storetree
 from xenfs.storeclient import ATTEMPTS, Event, Request, StoreClient
 from xenfs.storetree import Counts, TreeError, dump, load
 from xenmodel.public.io.xs_wire import XsType
-from xenmodel.xenstore.dump import HEADER, Entry, parse
+from xenmodel.xenstore.dump import HEADER, parse
 from xenmodel.xenstore.wire import Message, join
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    """A store that knows domains 0 and 1."""
-    with running(request.param, tmp_path / "store") as made:
-        yield made
-
-
-@pytest.fixture
-def ours(tmp_path: Path) -> Iterator[OurXenstored]:
-    with running("ours", tmp_path / "ours") as made:
-        assert isinstance(made, OurXenstored)
-        yield made
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    yield from servers_in(tmp_path)
-
-
-TREE = r"""
-# a guest
-/local = ""   (n0)
-/local/domain = ""   (n0)
-/local/domain/1 = ""   (n0,r1)
-/local/domain/1/name = "guest1"   (n0,r1)
-/local/domain/1/zz = ""   (n1)
-/local/domain/1/zz/value = "say \"it\"\t\000\x1b[31m\xff \\ "   (n1,r0)
-/local/domain/1/aa = "second, though it sorts first"   (b1,r0)
-/local/domain/0 = ""   (r0)
-/local/domain/0/name = "Domain-0"   (n0)
-"""[1:].replace(r"\"", '"')
-LINES = TREE.splitlines()[1:]
-
-
-def entries(text: str = TREE) -> list[Entry]:
-    return list(parse(text.splitlines()))
 
 
 def nodes_of(lines: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 
 from netdev.netlink import remove_namespace
 from netdev.tap import inside
+from tests.descriptors import open_files
 from tests.host.test_netlink import Space
 from xenfs.config import GuestConfig, parse_config
 from xenfs.host import HostError, World
@@ -70,7 +71,7 @@ def config(*vifs: str, more: str = "") -> GuestConfig:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    files = open_files()
+    files = files_of_vifs()
     with Space("vifs") as host, inside(host.name):
         made = Site(host)
         try:
@@ -79,16 +80,12 @@ def site() -> Iterator[Site]:
             made.world.close()
             remove_namespace(GUEST)
         assert host.names() == {"lo"}
-    assert open_files() == files
+    assert files_of_vifs() == files
 
 
-def open_files() -> int:
+def files_of_vifs() -> set[str]:
     """But for the memory of domains, which is there as long as somebody refers to them."""
-    links = []
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one that listed them
-            links.append(os.readlink(f"/proc/self/fd/{number}"))
-    return len([link for link in links if not link.startswith("/memfd:")])
+    return {each for each in open_files() if " /memfd:" not in each}
 
 
 def inside_guest(*words: str) -> str:

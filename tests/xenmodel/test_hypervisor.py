@@ -4,12 +4,12 @@ Method: small worlds of domains and store watchers, delivered with budgets and o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from random import Random
 
 import pytest
 
+from tests.descriptors import open_files
 from xenmodel.domain import DomainState
 from xenmodel.event_channel import State
 from xenmodel.hypervisor import TURN_BUDGET, Hypervisor
@@ -72,7 +72,7 @@ def test_destroy_gives_back_what_the_domain_held():
     event, in both directions; then look at the survivor, the store and our descriptors."""
     hypervisor = Hypervisor()
     survivor = hypervisor.create_domain(8, "survivor")
-    fds = set(os.listdir("/proc/self/fd"))
+    files = open_files()
     guest = hypervisor.create_domain(8, "guest")
     theirs = survivor.grants.grant_access(guest.domid, Pfn(3))
     ours = guest.grants.grant_access(survivor.domid, Pfn(3))
@@ -95,7 +95,7 @@ def test_destroy_gives_back_what_the_domain_held():
     assert survivor.maptrack.unmap(mapping.handle) == GNTST_okay, "a frame lives on while a peer maps it"
     assert survivor.maptrack.map(guest.domid, ours)[1] is None
     del mapping, guest, client
-    assert set(os.listdir("/proc/self/fd")) <= fds
+    assert open_files() <= files
 
 
 def test_close_destroys_every_domain():

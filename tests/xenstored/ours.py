@@ -2,7 +2,7 @@
 
 The same calls as RealXenstored's (bench/realstore.py), so that a rig can drive one beside the other. Guests speak over
 real ring pages and event channels, domain 0 over Peers, and over its own ring as its kernel would. Time stands still until
-somebody waits for it: then it jumps to whatever the store has to do next.
+somebody waits: then it jumps to whatever the store has to do next, or to the end of the wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from xenmodel.ring import BytePipe
 from xenmodel.types import Domid, Gref, Port
 
 PAGES = 8  # of a domain: shared_info, the grant table, the store's page
-WAITS = 10_000  # jumps of the clock before a client gives up
 _WORD = {name: offset // 4 for name, offset in XENSTORE_DOMAIN_INTERFACE.offsets.items()}
 
 
@@ -40,7 +39,7 @@ class OurStore:
         return WireClient(OurSocket(self))
 
     def create_domain(self, domid: int) -> OurRing:
-        """A domain as the domain builder leaves it, with the store's page and event channel. Not introduced, unless it is 0."""
+        """A domain as the domain builder leaves it, with the store's page and event channel; only 0 is introduced."""
         domain = self.hypervisor.create_domain(PAGES, f"d{domid}", domid)
         page, port = domain.memory.allocate(), domain.events.alloc_unbound(Domid(0))
         if domid:
@@ -56,15 +55,16 @@ class OurStore:
         self.hypervisor.settle()
 
     def destroy_domain(self, domid: int) -> None:
-        self.rings.pop(domid).close()
+        del self.rings[domid]
         self.hypervisor.destroy_domain(domid)
         self.hypervisor.settle()
 
-    def wait(self) -> None:
-        """Let time pass until something has happened. TimeoutError if nothing ever will."""
+    def wait(self, until: float) -> None:
+        """Let time pass until the store has done something. TimeoutError if it does nothing before then."""
         timers = self.hypervisor.store.timers
-        if timers.next is None:
-            raise TimeoutError("our store has nothing left to do")
+        if timers.next is None or timers.next > until:
+            self.now = max(self.now, until)
+            raise TimeoutError("our store does nothing")
         self.now = max(self.now, timers.next)
         timers.run()
         self.hypervisor.settle()
@@ -83,8 +83,8 @@ class OurSocket:
         self._store.hypervisor.settle()
 
     def receive(self, timeout_s: float) -> bytes:
-        peer = self._peer
-        for _ in range(WAITS):
+        peer, until = self._peer, self._store.now + timeout_s
+        while True:
             if peer.failed:
                 raise ConnectionResetError("our store has closed the connection")
             if peer.out:
@@ -92,8 +92,7 @@ class OurSocket:
                 peer.sent(len(data))
                 self._store.hypervisor.settle()
                 return data
-            self._store.wait()
-        raise TimeoutError("nothing arrived")
+            self._store.wait(until)
 
 
 class OurRing:
@@ -105,9 +104,6 @@ class OurRing:
         self.page, self.words = page, page.cast("I")
         self.requests = BytePipe(page[:size], self.words, _WORD["req_cons"], _WORD["req_prod"])
         self.responses = BytePipe(page[size : 2 * size], self.words, _WORD["rsp_cons"], _WORD["rsp_prod"])
-
-    def close(self) -> None:
-        """Give back what of the domain's memory we look at."""
 
     def word(self, field: str) -> int:
         return self.words[_WORD[field]]
@@ -121,21 +117,18 @@ class OurRing:
         self._store.hypervisor.settle()
 
     def send(self, data: bytes, timeout_s: float) -> None:
-        for _ in range(WAITS):
+        until = self._store.now + timeout_s
+        while data:
             count = self.requests.write(data)
             data = data[count:]
             if count:
                 self.kick()
-            if not data:
-                return
-            if not count:
-                self._store.wait()
-        raise TimeoutError(f"{len(data)} bytes were not taken")
+            else:
+                self._store.wait(until)
 
     def receive(self, timeout_s: float) -> bytes:
-        for _ in range(WAITS):
-            if data := self.responses.read():
-                self.kick()
-                return data
-            self._store.wait()
-        raise TimeoutError("nothing arrived")
+        until = self._store.now + timeout_s
+        while not (data := self.responses.read()):
+            self._store.wait(until)
+        self.kick()
+        return data

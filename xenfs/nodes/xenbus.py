@@ -9,10 +9,11 @@ is ignored and a WATCH that the store refuses is the errno of the write(2), with
 
 Unlike Linux: what follows a whole request in one write(2) is the next request (Linux drops it). Unread replies are at
 most QUEUE_MOST bytes: then, and while the store takes nothing from this domain, a write waits, or is EAGAIN with
-O_NONBLOCK. A write that is given up half way is short, by whole requests. A lost stream is EIO once all was read.
+O_NONBLOCK. They count for the domain's memory quota. A write that is given up half way is short, by whole requests. A lost
+stream is EIO once all was read. Beyond 256 opens of all device files of a domain but 0 (xenfs/xenstored.py) it is ENFILE.
 
 Invariants: every READ and WRITE gets one answer; a request goes to the peer whole or not at all; at most one is waited
-for (`talk`), and nothing follows it until its reply is there.
+for (`talk`), and nothing follows it until its reply is there; what is in `queue` is in its domain's `unread`.
 Left out: what becomes of transactions when the domain migrates.
 """
 
@@ -32,12 +33,14 @@ from xenfs.fuse.session import Session
 from xenfs.fuse.tree import Change, Node, Opened, refuse
 from xenmodel.public.io.xs_wire import SOCKMSG, XSD_ERRORS, XsType
 from xenmodel.xenstore.peer import Peer
+from xenmodel.xenstore.perms import CONTROL_DOMAIN
 from xenmodel.xenstore.wire import HEADER_BYTES, Message, join, pack
 
 MakePeer = Callable[[Callable[[], None]], Peer]  # its argument: there may be output, or room for input, now
 
 BUFFER_BYTES = 4096  # of a request with its header; both kernels
-QUEUE_MOST = 256 * 1024  # unread bytes beyond which the store's output stays with the peer
+QUEUE_MOST = 64 * 1024  # unread bytes of one open beyond which the store's output stays with the peer
+QUEUE_MOST_DOM0 = 256 * 1024
 
 READABLE = select.POLLIN | select.POLLRDNORM
 WRITABLE = select.POLLOUT | select.POLLWRNORM
@@ -87,6 +90,7 @@ class XsFile(Node):
         self.poller: tuple[Session, int] | None = None
         self._pumping = self._again = False
         self.peer = device.make_peer(self.pump)
+        self._record = self.peer.connection.record
         device.files.add(self)
 
     # --- what a kernel's rules are made of ----------------------------------------------------------------------------
@@ -108,10 +112,20 @@ class XsFile(Node):
 
     def put(self, reply: Message) -> None:
         """To the reader."""
-        self.queue += pack(*reply)
+        data = pack(*reply)
+        self.queue += data
+        self._record.unread += len(data)
 
     def put_error(self, request: Message, name: str) -> None:
         self.put(Message(XsType.ERROR, request.req_id, request.tx_id, join(name)))
+
+    def watch_of(self, request: Message) -> tuple[bytes, bytes] | None:
+        """Path and token of a WATCH or UNWATCH. None if they are not both there; that is answered."""
+        parts = request.body.split(b"\0", 2)  # a depth would be the rest
+        if len(parts) < 3:
+            self.put_error(request, "EINVAL")
+            return None
+        return parts[0], parts[1]
 
     # --- the file -----------------------------------------------------------------------------------------------------
 
@@ -155,6 +169,8 @@ class XsFile(Node):
     def release(self) -> None:
         self.closed = True
         self.peer.close()
+        self._record.unread -= len(self.queue)
+        self.queue.clear()
         self.device.files.discard(self)
         self._fail_all()
 
@@ -162,6 +178,10 @@ class XsFile(Node):
     def lost(self) -> bool:
         """Nothing more will come, or be taken."""
         return bool(self.peer.failed) or self.peer.connection.closed
+
+    @property
+    def full(self) -> bool:
+        return len(self.queue) >= (QUEUE_MOST_DOM0 if self._record.domid == CONTROL_DOMAIN else QUEUE_MOST)
 
     # --- keeping it moving --------------------------------------------------------------------------------------------
 
@@ -186,7 +206,7 @@ class XsFile(Node):
 
     def _take(self) -> None:
         """What the peer has, message by message, as long as the reader's queue has room or a reply is waited for."""
-        while self.peer.out and (self.talk is not None or len(self.queue) < QUEUE_MOST):
+        while self.peer.out and (self.talk is not None or not self.full):
             kind, req_id, tx_id, length = SOCKMSG.unpack_from(self.peer.out)
             message = Message(kind, req_id, tx_id, bytes(self.peer.out[HEADER_BYTES : HEADER_BYTES + length]))
             assert len(message.body) == length, "the peer's output is whole messages"
@@ -241,7 +261,7 @@ class XsFile(Node):
             if end > BUFFER_BYTES:
                 self.buffer.clear()
                 return self.too_long
-            if end > len(self.buffer) or len(self.queue) >= QUEUE_MOST or not self.peer.wants_input:
+            if end > len(self.buffer) or self.full or not self.peer.wants_input:
                 break
             body = bytes(self.buffer[HEADER_BYTES:end])
             del self.buffer[:end]
@@ -269,10 +289,11 @@ class XsFile(Node):
     def _answer(self) -> None:
         while self.reads and self.queue:
             session, unique, size = self.reads.popleft()
-            if len(self.queue) >= QUEUE_MOST:
+            if self.full:
                 self._again = True  # there is room now
             data = self.queue[:size]
             del self.queue[:size]
+            self._record.unread -= len(data)
             session.send_data(unique, [data])
         if self.lost:
             self._fail_all()  # readers: there is nothing left
@@ -313,12 +334,11 @@ class XenbusFile(XsFile):
         return path + b"\0" + token.partition(b":")[2]
 
     def _ask_watch(self, request: Message) -> None:
-        parts = request.body.split(b"\0", 2)
-        if len(parts) < 3:
-            self.put_error(request, "EINVAL")
+        watch = self.watch_of(request)
+        if watch is None:
             return
-        path, token, _ = parts  # a depth would be the rest
-        ours = self.watches.get((path, token))
+        path, token = watch
+        ours = self.watches.get(watch)
 
         if request.type == XsType.WATCH:
             self._watches_made += 1
@@ -329,14 +349,14 @@ class XenbusFile(XsFile):
                     self.refused = _ERRNO.get(reply.body.rstrip(b"\0").decode("latin-1"), errno.EINVAL)
                     self.buffer.clear()
                 else:
-                    self.watches.setdefault((path, token), []).append(name)
+                    self.watches.setdefault(watch, []).append(name)
                     self.put(_ok(request))
 
             self.send(Message(XsType.WATCH, request.req_id, 0, join(path, name)), watched)
         elif ours:
             name = ours.pop()
             if not ours:
-                del self.watches[path, token]
+                del self.watches[watch]
             self.send(Message(XsType.UNWATCH, request.req_id, 0, join(path, name)), lambda _: self.put(_ok(request)))
         else:
             self.put(_ok(request))

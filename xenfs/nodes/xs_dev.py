@@ -50,11 +50,10 @@ class XsDevFile(XsFile):
             self.send(request, self.put)
 
     def _ask_watch(self, request: Message) -> None:
-        parts = request.body.split(b"\0", 2)
-        if len(parts) < 3:
-            self.put_error(request, "EINVAL")
+        watch = self.watch_of(request)
+        if watch is None:
             return
-        path, token, _ = parts  # a depth would be the rest
+        path, token = watch
         if (token in self.watches) is (request.type == XsType.WATCH):
             self.put_error(request, "EINVAL")
         elif request.type == XsType.WATCH:

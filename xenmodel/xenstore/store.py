@@ -10,7 +10,7 @@ directory's width where it is listed, and on what is removed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from xenmodel.public.xen import DOMID_ANY
@@ -221,10 +221,9 @@ class Store:
         if not all(owner == DOMID_ANY or self._exists(owner) for owner in transaction.owners):
             raise XsError(XsErrno.ENOMEM, "a domain that would own a node has died")
         transaction.check_conflicts()
-        transaction.commit()
         if self.open_transactions > 1:  # the first is this one
             self.domains.charge(domid, 1)
-        self._fire(transaction)
+        self._fire(transaction, transaction.commit())
 
     # --- permissions and quotas -----------------------------------------------------------------------------
 
@@ -342,7 +341,7 @@ class Store:
                 view.note(path)
             else:
                 self._remove_subtree(view, path)
-        self._fire(view)
+        self._fire(view, view.events)
 
     # --- events ---------------------------------------------------------------------------------------------
 
@@ -351,9 +350,9 @@ class Store:
         if not isinstance(view, Transaction):
             if self.open_transactions:
                 self.domains.charge(domid, len(view.before))
-            self._fire(view)
+            self._fire(view, view.events)
 
-    def _fire(self, view: View) -> None:
+    def _fire(self, view: View, changed: Iterable[str]) -> None:
         """Queue an event on every watch that a change concerns and whose domain may know of it.
 
         That is who could read the node before the change, or can read it or the node above it after (XSA-115); of a node
@@ -362,7 +361,8 @@ class Store:
         """
         nodes, direct = self.tree.nodes, not isinstance(view, Transaction)
         known: dict[str, list[Watch]] = {}
-        for path, exact in view.events.items():
+        for path in changed:
+            exact = view.events[path]
             watches = list(self.watches.at(path)) if exact else self.watches.concerned(path, known)
             if not watches:
                 continue

@@ -15,7 +15,7 @@ the first child added to or removed from a directory that a transaction looked a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -274,12 +274,16 @@ class Transaction(View):
             if self.tree.get_generation(path) != generation:
                 raise XsError(XsErrno.EAGAIN, f"{path} was changed since the transaction looked at it")
 
-    def commit(self) -> None:
-        """Put the changes into the tree. Call check_conflicts() first."""
+    def commit(self) -> Iterator[str]:
+        """Put the changes into the tree, one node after the other. Call check_conflicts() first, and take all that comes.
+
+        As from the daemon, watchers hear of the nodes in the order in which the transaction met them, each when it is
+        there and those behind it are not yet: that is what is yielded.
+        """
         for path in self.seen:
             if path in self.before:
                 node = self._nodes[path]
                 if node is not None or path in self.tree.nodes:
                     self.tree.replace(path, node)
-        # Watchers hear of the nodes in the order in which the transaction met them, as from the daemon.
-        self.events = {path: self.events[path] for path in self.seen if path in self.events}
+            if path in self.events:
+                yield path

@@ -231,8 +231,7 @@ class Model:
                 self.db.pop(path, None)
             elif then is None or then.stamp != now.stamp:
                 self.db[path] = self.entry(now.value, now.perms, now.children)
-        for path in tx.seen:
-            if path in tx.events:
+            if path in tx.events:  # told before what comes behind it is there
                 self.tell(path, tx.events[path], tx.nodes(tx.seen), ())
 
     def release(self, domid: int) -> None:
@@ -327,7 +326,7 @@ class Model:
 
     def reads(self, db: Db, domid: int, path: str, *parents: str) -> bool:
         """Is the node there, and may the domain read it or one of its parents?"""
-        return path in db and any("r" in self.rights(db[each].perms, domid) for each in (path, *parents))
+        return path in db and any("r" in self.rights(db[each].perms, domid) for each in (path, *parents) if each in db)
 
     # --- what is used ------------------------------------------------------------------------------------------------
 
