@@ -249,6 +249,13 @@ def test_what_is_no_image(bench: Bench, name: str) -> None:
     assert open_files() == before
 
 
+@pytest.mark.parametrize("readonly", [True, False])
+def test_a_path_that_is_none(bench: Bench, readonly: bool) -> None:
+    """Goal: a NUL in the path is a StorageError like any other, and shown as what it is.  Method: one in the middle."""
+    with pytest.raises(StorageError, match=r"cannot open disk image '/x\\x00y': embedded null byte"):
+        bench.open("/x\0y", readonly=readonly)
+
+
 def test_readonly(bench: Bench) -> None:
     image = bench.open(bench.file(), readonly=True)
     assert image.discard_granularity == 0 and image.readonly

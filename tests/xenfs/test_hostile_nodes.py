@@ -1,7 +1,7 @@
 """Goal: whatever lies in a device's nodes, or does not, costs that device at most: no exception leaves the loop, the device
 can be taken away, its domain destroyed, the world closed, and another guest's disk works all the while.
-Method: a running World over a real image (and, with the host's network, a vif in a namespace of its own); domain 0, which may
-do anything in the store, writes odd values everywhere: once into each node before any driver looks, and at random."""
+Method: a running World over a real image (and, with the host's network, vifs in a namespace of their own); domain 0, which
+may do anything in the store, writes odd values everywhere: into each node before any driver looks, and at random."""
 
 from __future__ import annotations
 
@@ -98,12 +98,18 @@ def site(folder: Path, *vifs: str) -> Iterator[Site]:
         assert made.world.close(), "nothing hangs"
 
 
-def keys() -> list[str]:
-    """Each node of a disk that is up, and those a driver looks for in vain: "F/state"."""
-    hypervisor = Hypervisor()
+def new_toolstack(hypervisor: Hypervisor) -> Toolstack:
+    """With a domain 1 that has no drivers."""
     toolstack = Toolstack(hypervisor)
     toolstack.create_dom0(8)
     toolstack.create(GuestConfig("g.cfg", "g", "17e8ff97-f89e-404d-ad0a-eec3136a3f82", 8, 8))
+    return toolstack
+
+
+def keys() -> list[str]:
+    """Each node of a disk, also those that drivers only look for; "F/state" is the frontend's."""
+    hypervisor = Hypervisor()
+    toolstack = new_toolstack(hypervisor)
     toolstack.attach_disk(1, parse_disk("/none,raw,xvdb,w"))
     found = [path for path, *_ in hypervisor.store.dump()]
     hypervisor.close()
@@ -130,6 +136,8 @@ def test_a_node_that_is_odd(tmp_path: Path, key: str) -> None:
         for value in ODD:
             it.attach()
             it.put(path, value)
+            if key == "B/physical-device-path":  # for the script would write another
+                it.put(f"{BACK}/hotplug-status", b"connected")
             world.settle()
             it.put(path, value)
             world.settle()
@@ -150,6 +158,60 @@ def test_a_node_that_is_odd(tmp_path: Path, key: str) -> None:
         assert it.others_disk_works()
         world.destroy(1)
         assert it.others_disk_works()
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("frontend", b"a b"), ("frontend", b"\0"), ("frontend", b"@releaseDomain"), ("mtu", b"9" * 4040),
+])  # fmt: skip
+def test_a_script_of_a_vif(key: str, value: bytes) -> None:
+    """Goal: a `frontend` that is no path, and an `mtu` too long to pass on, end the script with an error, nothing else.
+    Method: a toolstack whose host is quick; netback's state is written by hand."""
+    hypervisor = Hypervisor()
+    toolstack = new_toolstack(hypervisor)
+    toolstack.attach_vif(1, 0, parse_vif("mac=00:16:3e:00:00:01"))
+    hypervisor.settle()
+    dom0 = Client(hypervisor.store.connect(Domid(0)))
+    if key == "mtu":  # its copy for the guest has a longer name
+        front = "/local/domain/1/device/vif/" + "0" * 30
+        dom0.write(f"{front}/mtu", "")
+        dom0.write(f"{VIF_BACK}/frontend", front)
+    dom0.connection.write(f"{VIF_BACK}/{key}", value)
+    dom0.write(f"{VIF_BACK}/state", int(XenbusState.InitWait))
+    hypervisor.settle()
+    assert dom0.read(f"{VIF_BACK}/hotplug-status") == "error"
+    assert (dom0.read(f"{VIF_BACK}/hotplug-error") or "").startswith("E2BIG" if key == "mtu" else "EINVAL")
+    hypervisor.close()
+
+
+def test_a_backend_whose_frontend_is_no_path(tmp_path: Path) -> None:
+    """Goal: it gets no driver, and is not tried again and again: nothing it wrote looks like a change.
+    Method: settling ends, the reason is in the store; with a good path it is a disk like any other."""
+    with site(tmp_path) as it:
+        it.attach()
+        it.put(f"{BACK}/frontend", b"\0")
+        it.world.hypervisor.settle(100)
+        assert BACK not in it.world.backends.devices
+        assert b"is not a path" in it.dom0.read(f"/local/domain/0/error/backend/vbd/1/{IDENT}/error")
+        it.put(f"{BACK}/frontend", FRONT.encode())
+        it.world.settle()
+        assert it.dom0.read(f"{FRONT}/state") == it.dom0.read(f"{BACK}/state") == b"4"
+
+
+@pytest.mark.host
+def test_a_bridge_that_is_no_text(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Goal: `bridge`, which is shown to the user, may be bytes that are no text, or commands of a terminal.
+    Method: a vif's link comes when the node is such; the line on standard output."""
+    with Space(NAME) as host, inside(host.name):
+        try:
+            with site(tmp_path, "mac=00:16:3e:00:00:01") as it:
+                ((guest, front),) = it.world.netfronts()
+                for value, shown in ((b"\xff", b"'\\udcff'"), (b"\x1b[31m\n", b"'\\x1b[31m\\n'"), (b"br0", b"br0")):
+                    it.put(f"{VIF_BACK}/bridge", value)
+                    it.world.vifs.changed(guest.config.name, front)
+                    it.world.settle()
+                    assert b", bridge " + shown + b", connected\n" in capsysbinary.readouterr().out
+        finally:
+            remove_namespace(f"xenfs-{NAME}")
 
 
 class Vandal:

@@ -8,8 +8,9 @@ import pytest
 from blockdev.storage import MemoryStorage
 from tests.xenfs.machine import Machine
 from xenfs.diskspec import parse_disk
-from xenmodel.types import Domid
-from xenmodel.xenstore.errors import XsError
+from xenfs.vifspec import parse_vif
+from xenmodel.types import Domid, PeerFault
+from xenmodel.xenstore.errors import XsErrno, XsError
 
 IDENT = 51728
 BACK, FRONT, LIBXL = (f"/local/domain/0/backend/vbd/1/{IDENT}", f"/local/domain/1/device/vbd/{IDENT}",
@@ -166,6 +167,75 @@ def test_image_that_is_missing():
         assert set(machine.states()[-2:]) == {"B=6", "F=6"}
         assert machine.kernel.names("domains/1/dev") == [".", "..", "xen", "xvda"]
         assert machine.kernel.read(machine.kernel.handle("domains/1/dev/xvda"), 0, 512).data == bytes(512)
+
+
+def odd_script(machine: Recorder, path: str, value: str) -> str | None:
+    """The block script runs once more, on another value; what `hotplug-status` says after it."""
+    client = machine.world.toolstack.client
+    machine.attach()
+    client.rm(f"{BACK}/hotplug-status")
+    client.write(path, value)
+    client.write(f"{BACK}/state", 2)
+    machine.world.settle()
+    return client.read(f"{BACK}/hotplug-status")
+
+
+@pytest.mark.parametrize(("params", "reason"), [
+    ("/x\0y", "params '/x\\x00y': embedded null"),
+    ("x" * (4096 - len(f"{BACK}/params") - 1), "E2BIG: 4053 bytes are too many"),
+])  # fmt: skip
+def test_params_that_are_no_path(params, reason):
+    """Goal: the script ends as its function for errors does, with the reason in the store; the other disk goes on, and this
+    one can be unplugged.  Method: `params` with a NUL, and one that is too long for physical-device-path."""
+    with Recorder() as machine:
+        assert odd_script(machine, f"{BACK}/params", params) == "error"
+        assert reason in machine.world.toolstack.client.read(f"{BACK}/hotplug-error")
+        assert machine.kernel.read(machine.kernel.handle("domains/1/dev/xvda"), 0, 512).data == bytes(512)
+        assert machine.detach()
+
+
+def test_a_callback_that_fails(caplog):
+    """Goal: what a watch of the toolstack cannot cope with is one line with the node, and the next event is heard.
+    Method: what is called when a disk is gone raises each of the three."""
+    with Recorder() as machine:
+        for error in (XsError(XsErrno.EINVAL, "one"), PeerFault("two"), ValueError("three")):
+
+            def done(error=error):
+                raise error
+
+            machine.attach()
+            machine.world.toolstack.detach_disk(1, IDENT, done)
+            machine.world.settle()
+        assert [record.getMessage() for record in caplog.records if record.name == "xenfs.toolstack"] == [
+            f"{BACK}/state: {text}" for text in ("EINVAL: one", "two", "three")
+        ]
+
+
+def test_attached_twice():
+    """Goal: a number has one disk.  Method: the same disk again, and once more after it was unplugged."""
+    with Recorder() as machine:
+        machine.attach()
+        with pytest.raises(ValueError, match=f"domain 1 has a disk {IDENT} already"):
+            machine.attach()
+        assert machine.detach()
+        machine.attach()
+        assert machine.states()[-1] == "F=4"
+
+
+@pytest.mark.parametrize("name", ["evil", "-1", "@", "9" * 400, "x" * 2900, f"0{IDENT}"])
+def test_names_that_are_no_numbers(name):
+    """Goal: what somebody put beside libxl's directories hinders neither a new vif's number nor the domain's end.
+    Method: such names of both kinds, and destroy."""
+    with Recorder() as machine:
+        for kind in ("vbd", "vif"):
+            machine.world.toolstack.client.write(f"/libxl/1/device/{kind}/{name}", "")
+        machine.attach()
+        back = machine.world.toolstack.attach_vif(1, None, parse_vif("mac=00:16:3e:11:22:44"))
+        assert back == "/local/domain/0/backend/vif/1/0"
+        machine.world.toolstack.client.write("/libxl/1/device/vif/0/x", "")
+        machine.world.destroy(1)
+        assert machine.world.toolstack.client.directory("/libxl") == []
+        assert not [path for path, *_ in machine.tree() if path.startswith("/local/domain/0/backend/")]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -173,7 +173,7 @@ def statistics(daemon: Xenstored) -> str:
         f"watches {sum(each.watches for each in usage)}",
         f"transactions {store.open_transactions}",
         f"queued-events {sum(c.pending_events for record in records for c in record.connections)}",
-        f"memory {sum(store.tree.memory.values()) + sum(record.memory for record in records)}",
+        f"memory {sum(store.tree.memory.values()) + sum(record.memory + record.unread for record in records)}",
         f"refused {sum(refusal.times for record in records for refusal in record.refused.values())}",
     ]
     lines += [f"requests-{XsType(kind).name.lower()} {count}" for kind, count in sorted(daemon.counts.items())]
