@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from xenmodel.domain import Domain
+from xenmodel.public.io.xenbus import XenbusState
 from xenmodel.public.xen import DOMID_FIRST_RESERVED
 from xenmodel.types import OutOfResources, PeerFault
 from xenmodel.xenbus import XenbusDevice, report_error
@@ -75,7 +76,11 @@ class Probe:
         if self._read(node) is None:
             self._drop(node)
             self.failures.pop(node, None)
-        elif node not in self.devices and len(self.devices) < MOST_DEVICES:
+            return
+        device = self.devices.get(node)
+        if device is not None and device.stopped and self._read(f"{node}/state") == str(int(XenbusState.Initialising)):
+            self._drop(node)  # it has ended, and before we were told the toolstack made another one in its place
+        if node not in self.devices and len(self.devices) < MOST_DEVICES:
             peer = self._read(f"{node}/{self.peer_key}")
             if peer is None or self._read(f"{node}/state") is None:
                 return  # not whole yet: it will change again

@@ -6,8 +6,12 @@ from __future__ import annotations
 import pytest
 
 import xenfs.probe
+from blockdev.storage import MemoryStorage
+from tests.xenfs.machine import Machine
+from xenfs.diskspec import parse_disk
 from xenfs.probe import Probe
 from xenmodel.hypervisor import Hypervisor
+from xenmodel.public.io.xenbus import XenbusState
 from xenmodel.types import PeerFault
 from xenmodel.xenbus import XenbusDevice
 from xenmodel.xenstore.client import Client
@@ -169,3 +173,21 @@ def test_stop(bus):
     bus.make(2)
     bus.write(node, state=1)
     assert bus.settle() == [] and bus.probe.devices == {}
+
+
+@pytest.mark.parametrize("seed", [None, *range(20)])
+def test_another_device_in_the_place_of_one_that_just_went(seed: int | None) -> None:
+    """Goal: a device that takes the place of one which has just gone connects, though its bus saw no moment without one.
+    Method: the toolstack plugs it in as soon as the old one's directories are gone, in any order of delivery."""
+    with Machine({"g": {"xvda": MemoryStorage(1024)}}, seed=seed) as machine:
+        world = machine.world
+        plugged = []
+
+        def again() -> None:
+            plugged.append(world.toolstack.attach_disk(1, parse_disk("/g/xvda,raw,xvda,w")))
+
+        for round_ in range(3):
+            world.toolstack.detach_disk(1, 51712, again)
+            world.settle()
+            assert len(plugged) == round_ + 1
+            assert machine.front("g", "xvda").state is XenbusState.Connected
