@@ -60,9 +60,9 @@ FLOODS = {
     exchange([request(WATCH, top + b"\\0token")])
     flood([request(WRITE, top + b"/%d\\0" % i + b"v" * 1000) for i in range(40)] + [request(READ, top + b"/1\\0")] * 40)
     """,
-    # every request concerns many: hundreds of watches on what is written, whole trees that come and go
+    # every request concerns many: dozens of watches on what is written, whole trees that come and go
     "events": """
-    exchange([request(WATCH, top + b"\\0token %d" % i + b"\\0") for i in range(100)])
+    exchange([request(WATCH, top + b"\\0token %d" % i + b"\\0") for i in range(40)])
     flood([request(WRITE, top + b"/a/b/c/%d\\0x" % i) for i in range(20)] + [request(RM, top + b"/a\\0")])
     """,
     # never reads: requests until nobody takes them any more
