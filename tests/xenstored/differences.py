@@ -1,26 +1,21 @@
 """differences.py: the one table of what Debian's xenstored of Xen 4.17 and ours do not do alike, and why.
 
-Its rows are those of docs/differences.md, word for word. Each has a script (rig.py tells how to read it), or names a test in
-test_differential_tables.py, that fails when the difference is there no more. Where random requests could meet it:
+Its rows are those of docs/differences.md, word for word. Each has a script (rig.py tells how to read it), or names a test
+beside this file, that fails when the difference is there no more. Where random requests could meet it (excuses.py):
     excuse     these two replies may differ, for nothing else will differ because of it
-    avoided    this request is left out, for the trees would differ from there on, or Debian's daemon would end
+    avoided    this request is left out
     quota      a limit that means this much more with us
     unordered  a request whose reply and events may come in any order
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.xenstored.rig import NO_TX, Excuse, Request, Twins, number
+from tests.xenstored import excuses
+from tests.xenstored.rig import Excuse, Request, Twins
 from xenmodel.public.io.xs_wire import XsType
-from xenmodel.xenstore.wire import Message, strings
-
-ONE_STRING = (XsType.READ, XsType.DIRECTORY, XsType.GET_PERMS, XsType.MKDIR, XsType.RM)
-WITH_PATH = (*ONE_STRING, XsType.WRITE, XsType.SET_PERMS, XsType.WATCH, XsType.DIRECTORY_PART)
-DOMAIN_0 = ("a", "b", "c", "0")
 
 
 @dataclass(frozen=True)
@@ -40,97 +35,6 @@ class Difference:
         return f"| {self.real} | {self.ours} | {self.why} |"
 
 
-# --- what may differ ----------------------------------------------------------------------------------------------------
-
-
-def _generations(twins: Twins, request: Request, real: Message, ours: Message) -> bool:
-    if not request.kind == real.type == ours.type == XsType.DIRECTORY_PART:
-        return False
-    there, _, names = real.body.partition(b"\0")
-    here, _, others = ours.body.partition(b"\0")
-    return names == others and twins.same_generation(request, there, here)
-
-
-def _transaction_numbers(twins: Twins, request: Request, real: Message, ours: Message) -> bool:
-    return real.type == ours.type == XsType.TRANSACTION_START
-
-
-def _permissions_of_the_dead(twins: Twins, request: Request, real: Message, ours: Message) -> bool:
-    """Entries after the first for domids whose bearer has ended; a transaction may still see such an owner."""
-    if not real.type == ours.type == XsType.GET_PERMS:
-        return False
-    there, here = strings(real.body), strings(ours.body)
-
-    def living(perms: list[bytes]) -> list[bytes]:
-        return [perm for perm in perms[1:] if int(perm[1:]) not in twins.ended]
-
-    owner = there[0] == here[0] or (request.tx != NO_TX and int(there[0][1:]) in twins.ended and here[0][1:] == b"0")
-    return owner and living(there) == living(here) and len(there) >= len(here)
-
-
-def _memory_of_the_dead(twins: Twins, request: Request, real: Message, ours: Message) -> bool:
-    """8 bytes for each of their entries."""
-    if not (twins.ended and request.kind == real.type == ours.type == XsType.CONTROL):
-        return False
-    there, _, more = real.body[:-2].rpartition(b":")
-    here, _, less = ours.body[:-2].rpartition(b":")
-    return there == here and int(more) >= int(less) and (int(more) - int(less)) % 8 == 0
-
-
-def _the_dead(twins: Twins, request: Request, real: Message, ours: Message) -> bool:
-    return any(excuse(twins, request, real, ours) for excuse in (_permissions_of_the_dead, _memory_of_the_dead))
-
-
-def _too_many_watches(twins: Twins, request: Request, real: Message, ours: Message) -> bool:
-    return request.kind == XsType.WATCH and (real.body, ours.body) == (b"E2BIG\0", b"ENOSPC\0")
-
-
-def _torn(twins: Twins, request: Request, real: Message, ours: Message) -> bool:
-    if request.kind == XsType.RM and request.tx != NO_TX and real.body in (b"EIO\0", b"EINVAL\0"):
-        twins.torn.add((request.who, request.tx))
-        return True
-    return False
-
-
-# --- what is left out ---------------------------------------------------------------------------------------------------
-
-
-def _not_one_string(twins: Twins, request: Request) -> bool:
-    return request.kind in ONE_STRING and (not request.body or request.body.find(b"\0") != len(request.body) - 1)
-
-
-def _specials(twins: Twins, request: Request) -> bool:
-    return request.kind in (XsType.GET_PERMS, XsType.SET_PERMS) and request.body.startswith(b"@")
-
-
-def _odd_specials(twins: Twins, request: Request) -> bool:
-    return request.kind == XsType.WATCH and re.match(rb"@[^\0]*[^A-Za-z0-9/_@\0-]", request.body) is not None
-
-
-def _root_given_away(twins: Twins, request: Request) -> bool:
-    return request.kind == XsType.SET_PERMS and re.match(rb"/\0[nrwb][1-9]", request.body) is not None
-
-
-def _nodes_of_transactions(twins: Twins, request: Request) -> bool:
-    creates = request.kind in (XsType.WRITE, XsType.MKDIR) and request.tx != NO_TX
-    return "nodes" in twins.limits and creates and request.who not in DOMAIN_0
-
-
-def _long_paths(twins: Twins, request: Request) -> bool:
-    if request.kind not in WITH_PATH or (request.who not in DOMAIN_0 and not request.body.startswith(b"@")):
-        return False
-    path = re.sub(rb"^/local/domain/\d+/", b"", request.body.partition(b"\0")[0])
-    return len(path) > twins.limits.get("path-max", 2048)
-
-
-def _in_torn(twins: Twins, request: Request) -> bool:
-    return (request.who, request.tx) in twins.torn and request.kind != XsType.TRANSACTION_END
-
-
-def _target_ends(twins: Twins, request: Request) -> bool:
-    return request.kind == XsType.RELEASE and twins.is_target(number(request.body))
-
-
 MISTAKE = "a mistake of 4.17 that 4.22 does not make"
 NEW = "new in 4.22"
 
@@ -146,7 +50,7 @@ DIFFERENCES = {
         1 READ /none| -> EACCES
         1 DIRECTORY -> EACCES / EINVAL
         """,
-        avoided=_not_one_string,
+        avoided=excuses.not_one_string,
     ),
     "special nodes of others": Difference(
         "SET_PERMS of a special node by a guest that may not do that: the same",
@@ -156,7 +60,7 @@ DIFFERENCES = {
         1 READ data/none| -> ENOENT
         1 SET_PERMS @releaseDomain|n1| -> ENOENT / EACCES
         """,
-        avoided=_specials,
+        avoided=excuses.specials,
     ),
     "special nodes": Difference(
         "special nodes have permissions that nobody can read and nobody hears of, and that no transaction undoes",
@@ -175,7 +79,7 @@ DIFFERENCES = {
         a.$t TRANSACTION_END F|
         a GET_PERMS @introduceDomain| -> EINVAL / n0|r1|
         """,
-        avoided=_specials,
+        avoided=excuses.specials,
     ),
     "names of special nodes": Difference(
         "any bytes may be the name of a special node to watch",
@@ -185,10 +89,10 @@ DIFFERENCES = {
         a WATCH @re lease|t| -> OK| / EINVAL
         a events -> @re lease:t / none
         """,
-        avoided=_odd_specials,
+        avoided=excuses.odd_specials,
     ),
     "entries of the dead": Difference(
-        "GET_PERMS lists entries for domains that have died, which have no effect any more, and they go on costing memory",
+        "GET_PERMS lists entries for domains that have died, which have no effect any more, but count in size and memory",
         "it does not; the next write to the node removes them",
         "as in 4.22",
         """
@@ -197,12 +101,13 @@ DIFFERENCES = {
         destroy 2
         a GET_PERMS /p| -> n0|r2|b1| / n0|b1|
         """,
-        excuse=_the_dead,
+        excuse=excuses.the_dead,
+        avoided=excuses.size_with_the_dead,
     ),
     "a permission outlives its domain": Difference(
         "a domid that is used again finds the permissions of its last bearer if nothing was written in between",
         "never",
-        "XSA-322",
+        "what XSA-322 was about; 4.22 removes the entries when a domain dies",
         """
         a WRITE /p|
         a SET_PERMS /p|n0|r2|
@@ -214,6 +119,22 @@ DIFFERENCES = {
         2 READ /p| -> "" / EACCES
         """,
     ),
+    "a gift for the last bearer": Difference(
+        "a node that a transaction gives to a domain which ends before the commit belongs to the next one of that number",
+        "to domain 0",
+        "as above",
+        """
+        a WRITE /p|
+        a TRANSACTION_START | -> $t
+        a.$t SET_PERMS /p|n2|
+        destroy 2
+        create 2
+        a.$t TRANSACTION_END T| -> OK|
+        introduce 2
+        2 READ /p| -> "" / EACCES
+        """,
+        avoided=excuses.stale,
+    ),
     "the root of a guest that dies": Difference(
         "a guest that owns the root and dies takes the whole tree along",
         "the root goes back to domain 0",
@@ -223,10 +144,11 @@ DIFFERENCES = {
         destroy 1
         a DIRECTORY /| -> EACCES / tool|local|
         """,
-        avoided=_root_given_away,
+        avoided=excuses.root_given_away,
     ),
     "a target that ends": Difference(
-        "a domain that is the target of another (SET_TARGET) stays introduced, with its nodes, until that has ended, too",
+        "a domain that is the target of another (SET_TARGET) stays introduced, with its nodes, until that has ended, too; "
+        "INTRODUCE of a new one with its number ends the daemon",
         "it goes at once",
         "what is destroyed should be gone; its number may be used again",
         """
@@ -239,13 +161,13 @@ DIFFERENCES = {
         a IS_DOMAIN_INTRODUCED 1| -> T| / F|
         a DIRECTORY /local/domain/1| -> data| / ""
         """,
-        avoided=_target_ends,
+        avoided=excuses.target_ends,
     ),
     "torn": Difference(
         "a transaction that looked at a directory and at a node in it, one before and the other after somebody removed the "
         "node: RM of either says EIO, having the whole store checked, or EINVAL",
         "OK, and EAGAIN in the end, as there",
-        MISTAKE,
+        "nothing is wrong with the store",
         """
         a WRITE /d/1|
         a TRANSACTION_START | -> $t
@@ -262,8 +184,8 @@ DIFFERENCES = {
         a.$u RM /e/1| -> EINVAL / OK|
         a.$u TRANSACTION_END T| -> EAGAIN
         """,
-        excuse=_torn,
-        avoided=_in_torn,
+        excuse=excuses.torn,
+        avoided=excuses.in_torn,
     ),
     "order of RELEASE": Difference(
         "RELEASE may be answered before watchers are told: it depends on who connected when",
@@ -284,7 +206,7 @@ DIFFERENCES = {
         1 WATCH data|4| -> E2BIG / ENOSPC
         1 events -> data:1 data:2 data:3 / data:1 data:2
         """,
-        excuse=_too_many_watches,
+        excuse=excuses.too_many_watches,
         quota=("watches", 1),
     ),
     "limit on transactions": Difference(
@@ -329,7 +251,7 @@ DIFFERENCES = {
         1.$u WRITE data/5| -> OK| / ENOSPC
         1.$u TRANSACTION_END T| -> ENOSPC / ENOMEM
         """,
-        avoided=_nodes_of_transactions,
+        avoided=excuses.nodes_of_transactions,
     ),
     "limit on paths": Difference(
         "`path-max` holds for domain 0, and not for special nodes",
@@ -344,20 +266,26 @@ DIFFERENCES = {
         1 WATCH @introduceDomain|t| -> OK| / EINVAL
         1 events -> @introduceDomain:t / none
         """,
-        avoided=_long_paths,
+        avoided=excuses.long_paths,
     ),
     "limit on memory": Difference(
         "a write beyond the quota on memory says EIO, or with domain 0 as the writer what is left of an earlier error, and "
         "the daemon may end; replies and the names of a transaction's copies count",
         "ENOMEM; they do not count",
-        "ENOMEM is what the log says there, too; a reply is in a buffer of limited size, whoever asks",
+        "the error that says what is wrong; replies wait in a buffer of limited size, whoever asks",
         test="test_memory",
     ),
     "unread events": Difference(
-        "an event counts as read when all of it is in the ring, or with the kernel",
-        "up to 4 KiB of events before that",
-        "they are written in one piece; only what waits longer is merged, dropped after 20 s, or outstanding",
+        "an event waits until all of it is in the ring or with the kernel; those of special nodes are never merged",
+        "up to 4 KiB of events do not count as waiting; of the others identical ones are merged, whatever their node",
+        "they are written in one piece; whoever waits for an end looks at all domains",
         test="test_who_does_not_read",
+    ),
+    "many events": Difference(
+        "as many events wait as the quota on memory allows",
+        "128 of a watch, 1024 of a domain; then one with the watch's own path stands for all further ones",
+        "bounded, and whoever watches has to understand such an event anyway",
+        test="test_many_events_at_once",
     ),
     "events of a removed watch": Difference(
         "events that wait are told although their watch was removed",
@@ -439,14 +367,14 @@ DIFFERENCES = {
         introduce 1
         1 TRANSACTION_START | -> 2| / 1|
         """,
-        excuse=_transaction_numbers,
+        excuse=excuses.transaction_numbers,
     ),
     "generations": Difference(
         "the generation in DIRECTORY_PART's reply is that of the daemon",
         "another number that changes when it does",
         "it has no meaning of its own",
         "a DIRECTORY_PART /|0| -> *",
-        excuse=_generations,
+        excuse=excuses.generations,
     ),
 }
 

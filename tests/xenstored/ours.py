@@ -36,7 +36,10 @@ class OurStore:
 
     def client(self) -> WireClient:
         """A connection of domain 0, as over the socket."""
-        return WireClient(OurSocket(self))
+        stream = OurSocket(self)
+        client = WireClient(stream)
+        client.close = stream.close
+        return client
 
     def create_domain(self, domid: int) -> OurRing:
         """A domain as the domain builder leaves it, with the store's page and event channel; only 0 is introduced."""

@@ -1,8 +1,8 @@
-"""rig.py: two stores side by side, Debian's C daemon and ours: each request goes to both, and all they say must be the same.
+"""rig.py: two stores side by side, Debian's C daemon and ours: each request goes to both, and they must say the same.
 
-A client is a name: `a` and `b` are connections of domain 0 over the socket, `0` is its kernel, over its ring; `1`, `2`... are
-guests over theirs. Scripts are written as in tests/xenmodel/xenstore/wireworld.py (`|` is a NUL); without `->` it does not
-matter what the two answer, as long as it is the same.
+A client is a name: `a`, `b` and `c` are connections of domain 0 over the socket, `0` is its kernel, over its ring; `1`, `2`
+and so on are guests over theirs. Scripts are written as in tests/xenmodel/xenstore/wireworld.py (`|` is a NUL); without `->`
+it does not matter what the two answer, as long as it is the same.
 
     a WRITE /a|1 -> OK|             both answer so
     a READ /b| -> EINVAL / ""       Debian's answers EINVAL, ours with no bytes: a difference
@@ -22,11 +22,11 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
-from bench.realstore import RealXenstored, WireClient
+from bench.realstore import RealXenstored, State, Stream, WireClient
 from tests.xenmodel.xenstore.wireworld import body_of, text_of
 from tests.xenstored.ours import OurStore
 from xenmodel.public.io.xs_wire import XsType
@@ -36,9 +36,24 @@ OK = b"OK\0"
 BARRIER = b"0\0"  # of GET_DOMAIN_PATH, which changes nothing
 REAL, OURS = 0, 1
 
+T = TypeVar("T")
 Tx = tuple[int, int]  # a transaction's number there and here
 NO_TX = (0, 0)
 BAD_TX = (77, 77)
+
+
+# Two guests, each with a home that it may read and a `data` of its own in it.
+HOMES = "".join(
+    f"""
+    create {domid}
+    introduce {domid}
+    a MKDIR /local/domain/{domid}|
+    a SET_PERMS /local/domain/{domid}|n0|r{domid}|
+    a MKDIR /local/domain/{domid}/data|
+    a SET_PERMS /local/domain/{domid}/data|n{domid}|
+    """
+    for domid in (1, 2)
+)
 
 
 class Request(NamedTuple):
@@ -72,6 +87,21 @@ class Mismatch(AssertionError):
     """They do not agree. The text has all that was asked before."""
 
 
+class Ours(Protocol):
+    """Our store, where it runs."""
+
+    @property
+    def rings(self) -> Mapping[int, Stream]: ...
+
+    def client(self) -> WireClient: ...
+
+    def create_domain(self, domid: int) -> object: ...
+
+    def shutdown_domain(self, domid: int) -> None: ...
+
+    def destroy_domain(self, domid: int) -> None: ...
+
+
 Excuse = Callable[["Twins", Request, Message, Message], bool]
 
 
@@ -79,7 +109,7 @@ class Twins:
     """`excuses` say for two replies to a request that differ whether they may; see differences.py, also for `unordered`."""
 
     def __init__(
-        self, real: RealXenstored, ours: OurStore, excuses: Sequence[Excuse] = (), unordered: Collection[int] = ()
+        self, real: RealXenstored, ours: Ours, excuses: Sequence[Excuse] = (), unordered: Collection[int] = ()
     ) -> None:
         self.real, self.ours = real, ours
         self.excuses, self.unordered = excuses, unordered
@@ -87,7 +117,9 @@ class Twins:
         self.history: list[str] = []
         self.ended: set[int] = set()  # domids whose first bearer has died or was released
         self.torn: set[tuple[str, Tx]] = set()  # transactions that cannot go on
+        self.stale: set[tuple[str, Tx]] = set()  # that give a node to a domain which has ended
         self.limits: dict[str, int] = {}
+        self._owners: dict[tuple[str, Tx], set[int]] = {}  # to whom a transaction has given nodes
         self._targets: dict[int, set[int]] = {}  # whose targets they are or were
         self._generations: dict[tuple[bytes, str], dict[bytes, bytes]] = {}
         self.requests = self.events = 0
@@ -95,7 +127,13 @@ class Twins:
         self._lenient = False  # a script says that there is a difference, and which
         self.open("a")
         self.open("b")
-        self.clients["0"] = WireClient(real.rings[0]), WireClient(ours.rings[0])
+        if 0 in ours.rings:
+            self.clients["0"] = WireClient(real.rings[0]), WireClient(ours.rings[0])
+
+    def hang_up(self) -> None:
+        for clients in self.clients.values():
+            for client in clients:
+                client.close()
 
     # --- what a hypervisor and the processes of domain 0 do -------------------------------------------------------------
 
@@ -106,7 +144,7 @@ class Twins:
         self.history.append(f"close {name}")
         self._told.pop(name, None)
         for client in self.clients.pop(name):
-            client.stream.close()
+            client.close()
         self.compare("a")
 
     def create(self, domid: int) -> None:
@@ -127,6 +165,14 @@ class Twins:
         self.real.destroy_domain(domid)
         self.ours.destroy_domain(domid)
         self.compare("a")
+
+    def both(self, who: str, work: Callable[[WireClient], T]) -> tuple[T, T]:
+        """The same with either client of that name, and nobody waits for the others; what came of it."""
+        with self._explained():
+            real, ours = (work(client) for client in self.clients[who])
+        for client in self.clients[who]:
+            client.log.clear()
+        return real, ours
 
     def introduce(self, domid: int) -> Answer:
         return self.ask(Request("a", XsType.INTRODUCE, join(str(domid), "1", "1")))
@@ -156,7 +202,13 @@ class Twins:
                     self._begin_or_end(kind, number(request.body))
         logs = self.compare(request.who, request)
         answer = Answer(*(next(m for m in log if m.req_id == req_id) for log, req_id in zip(logs, ids, strict=True)))
-        if kind == XsType.SET_TARGET and answer.ok:
+        if kind == XsType.SET_PERMS and answer.ok and request.tx != NO_TX:
+            self._owners.setdefault((request.who, request.tx), set()).add(int(strings(request.body)[1][1:]))
+        elif kind == XsType.TRANSACTION_END:
+            self._owners.pop((request.who, request.tx), None)
+        elif kind == XsType.RESUME and answer.ok:
+            self.real.set_state(number(request.body), State.EXISTS)  # the toolstack did that before it asked
+        elif kind == XsType.SET_TARGET and answer.ok:
             domid, target, *_ = strings(request.body)
             self._targets.setdefault(number(domid), set()).add(number(target))
         return answer
@@ -171,6 +223,7 @@ class Twins:
 
     def _ended(self, domid: int) -> None:
         self.ended.add(domid)
+        self.stale |= {transaction for transaction, owners in self._owners.items() if domid in owners}
         self._targets.pop(domid, None)
 
     def is_target(self, domid: int) -> bool:
@@ -234,30 +287,30 @@ class Twins:
 
     # --- the whole store --------------------------------------------------------------------------------------------------
 
-    def tree(self, side: int) -> dict[str, list[Message]]:
+    def tree(self, side: int, *tops: str) -> dict[str, list[Message]]:
         """Every node with its value, its permissions and the names of its children, in their order."""
         found: dict[str, list[Message]] = {}
-        client, waiting = self.clients["a"][side], ["/"]
+        client, waiting = self.clients["a"][side], list(tops)
         while waiting:
             path = waiting.pop()
             kinds = (XsType.READ, XsType.GET_PERMS, XsType.DIRECTORY)
             found[path] = [client.request(kind, join(path))._replace(req_id=0) for kind in kinds]
-            names = strings(found[path][-1].body)
+            listing = found[path][-1]
+            names = strings(listing.body) if listing.type == XsType.DIRECTORY else []
             waiting += [f"{path.rstrip('/')}/{name.decode()}" for name in names]
         client.log.clear()
         return found
 
-    def compare_trees(self) -> None:
-        self.history.append("the whole tree")
+    def compare_trees(self, *tops: str) -> None:
         with self._explained():
-            real, ours = self.tree(REAL), self.tree(OURS)
+            real, ours = self.tree(REAL, *tops), self.tree(OURS, *tops)
         for path in sorted(real.keys() | ours.keys()):
             there, here = real.get(path, []), ours.get(path, [])
             if not self._alike("a", Request("a", XsType.GET_PERMS, join(path)), there, here):
-                self.history.append(path)
+                self.history.append(f"in the end {path}")
                 self._fail("a", there, here)
 
-    # --- scripts ------------------------------------------------------------------------------------------------------------
+    # --- scripts ------------------------------------------------------------------------------------------------------
 
     def run(self, script: str) -> Twins:
         names: dict[str, Tx] = {"": NO_TX}
@@ -280,7 +333,7 @@ class Twins:
                 right = all(want in (is_, "*") for is_, want in zip(got, wanted, strict=True))
                 assert right, f"{line}\n    Debian's: {got[REAL]}\n    ours:     {got[OURS]}"
         self._lenient = False
-        assert all(there == here for there, here in self._told.values()), f"events that the script does not tell: {self._told}"
+        assert all(there == here for there, here in self._told.values()), f"not told in the script: {self._told}"
         return self
 
     def _deed(self, text: str) -> tuple[str, str] | None:
@@ -308,11 +361,16 @@ def twins(*options: str, excuses: Sequence[Excuse] = (), unordered: Collection[i
     try:
         with RealXenstored(directory / "real", *options) as real, contextlib.ExitStack() as undo:
             pair = Twins(real, ours, excuses, unordered)
-            undo.callback(lambda: [clients[REAL].stream.close() for name, clients in pair.clients.items() if name.isalpha()])
+            undo.callback(pair.hang_up)
             yield pair
     finally:
         ours.close()
         shutil.rmtree(directory)
+
+
+def write(path: str, size: int = 0) -> tuple[int, bytes]:
+    """WRITE and its body, for so many bytes."""
+    return XsType.WRITE, join(path) + bytes(size)
 
 
 def number(body: bytes) -> int:
