@@ -71,10 +71,10 @@ def missing(program: str = "xenstored") -> str:
 
 @functools.cache
 def library() -> Path:
-    """realstore.c as a library. Compiled once in a process, into a folder that nobody else can write in."""
-    folder = tempfile.TemporaryDirectory(prefix="realstore-")
-    atexit.register(folder.cleanup)
-    made = Path(folder.name) / "realstore.so"
+    """realstore.c as a library. Compiled once in a process, into a folder that goes with it, and not with a forked child."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="realstore-")), os.getpid()
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    made = folder / "realstore.so"
     argv = ("gcc", "-shared", "-fPIC", "-O2", "-Wall", "-o", str(made), str(SOURCE))
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     if done.returncode:

@@ -57,6 +57,8 @@ class RawRing:
 class ScriptedFront:
     """A guest's end of a vif with one pair of rings, by hand. Takes the place of the driver: attach(settle=False)."""
 
+    stopped = False  # as a driver that still has its directory
+
     def __init__(self, world: NetWorld, vif: Vif, start: int = 0) -> None:
         self.world, self.vif, self.domain = world, vif, world.guest
         self.peer = world.dom0.domid
@@ -132,6 +134,8 @@ class ScriptedFront:
 
 class ScriptedBack:
     """A backend's end by hand. Takes the place of the driver: attach(settle=False), then connect()."""
+
+    stopped = False  # as a driver that still has its directory
 
     def __init__(self, world: NetWorld, vif: Vif) -> None:
         self.world, self.vif, self.domain = world, vif, world.dom0

@@ -25,8 +25,8 @@ SCRIPTS = {
         0 CONTROL nonsense| -> EINVAL
         0 CONTROL CHECK| -> EINVAL
         0 CONTROL \\xff\\xfe| -> EINVAL
-        0 CONTROL logfile|/etc/passwd| -> EINVAL
-        0 CONTROL memreport|/etc/passwd| -> EINVAL
+        0 CONTROL logfile|/nonexistent/log| -> EINVAL
+        0 CONTROL memreport|/nonexistent/log| -> EINVAL
         1 CONTROL check| -> EACCES
         1 CONTROL -> EACCES
         0.77 CONTROL check| -> ENOENT
