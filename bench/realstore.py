@@ -73,7 +73,7 @@ def missing(program: str = "xenstored") -> str:
 def library() -> Path:
     """realstore.c as a library. Compiled once in a process, into a folder that goes with it, and not with a forked child."""
     folder, owner = Path(tempfile.mkdtemp(prefix="realstore-")), os.getpid()
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
     made = folder / "realstore.so"
     argv = ("gcc", "-shared", "-fPIC", "-O2", "-Wall", "-o", str(made), str(SOURCE))
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
