@@ -49,8 +49,9 @@ class Served:
         assert self.process.stdout is not None
         fd, deadline = self.process.stdout.fileno(), time.monotonic() + timeout_s
         while b"\n" not in self._rest:
-            ready, _, _ = select.select([fd], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"no line within {timeout_s:g} s; {self.stderr()}"
+            waiter = select.poll()  # select() takes no descriptor beyond 1023
+            waiter.register(fd, select.POLLIN)
+            assert waiter.poll(1000 * max(0, deadline - time.monotonic())), f"no line within {timeout_s:g} s; {self.stderr()}"
             part = os.read(fd, 4096)
             if not part:
                 return None
