@@ -51,7 +51,8 @@ class Served:
         while b"\n" not in self._rest:
             waiter = select.poll()  # select() takes no descriptor beyond 1023
             waiter.register(fd, select.POLLIN)
-            assert waiter.poll(1000 * max(0, deadline - time.monotonic())), f"no line within {timeout_s:g} s; {self.stderr()}"
+            left_ms = 1000 * max(0, deadline - time.monotonic())
+            assert waiter.poll(left_ms), f"no line within {timeout_s:g} s; {self.stderr()}"
             part = os.read(fd, 4096)
             if not part:
                 return None
