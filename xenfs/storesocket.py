@@ -24,7 +24,7 @@ import trio
 
 from xenmodel.types import Domid
 from xenmodel.xenstore.daemon import Xenstored
-from xenmodel.xenstore.wire import HEADER_BYTES, MESSAGE_MAX
+from xenmodel.xenstore.wire import HEADER_BYTES
 
 log = logging.getLogger("xenfs.store")
 
@@ -98,7 +98,7 @@ class Client:
         if peer.failed:
             self.close()
             return
-        wanted = select.EPOLLIN if peer.wants_input and peer.backlog < MESSAGE_MAX else 0
+        wanted = select.EPOLLIN if peer.wants_input else 0
         if peer.out:
             wanted |= select.EPOLLOUT
         if wanted != self._interest:

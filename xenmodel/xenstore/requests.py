@@ -177,7 +177,7 @@ def _set_target(peer: Peer, tx: int, body: bytes) -> bytes:
 
 
 def _get_domain_path(peer: Peer, tx: int, body: bytes) -> bytes:
-    return b"/local/domain/%d\0" % domain_id(one(body))
+    return peer.connection.get_domain_path(domain_id(one(body))).encode() + b"\0"
 
 
 def _is_domain_introduced(peer: Peer, tx: int, body: bytes) -> bytes:

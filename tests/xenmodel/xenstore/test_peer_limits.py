@@ -39,8 +39,7 @@ def watched(world: World, who: str, path: str = HOME) -> None:
 
 
 def writes(count: int, first: int = 0) -> bytes:
-    parts = ((XsType.WRITE, join(f"{HOME}/{number}")) for number in range(first, first + count))
-    return requests(*parts, first=1000 + first)
+    return requests(*((XsType.WRITE, join(f"{HOME}/{n}")) for n in range(first, first + count)), first=1000 + first)
 
 
 def rewrites(count: int) -> bytes:
