@@ -40,7 +40,7 @@ class Domain:
         shared_info = self.memory.allocate()
         assert shared_info == SHARED_INFO_PFN, f"shared_info is frame {shared_info}, not the first one"
         self.grants = GrantTable(self.memory, max_grant_frames)
-        self.maptrack = MapTrack(domid, self.memory, hypervisor.grants_of)
+        self.maptrack = MapTrack(domid, self.memory, hypervisor.grants_of, clock=hypervisor.store.clock)
         self.events = EventChannels(domid, self.memory.run(shared_info), hypervisor.events_of, hypervisor.queue_upcall)
 
     def __repr__(self) -> str:

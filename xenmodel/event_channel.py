@@ -47,9 +47,9 @@ class State(enum.IntEnum):
 
 
 class Channel:
-    """Xen's record of one port (struct evtchn), plus the guest's handler and counts for inspection."""
+    """Xen's record of one port (struct evtchn), plus the guest's handler, and for inspection counts and who bound it."""
 
-    __slots__ = ("handler", "notified", "peer", "remote_domid", "remote_port", "sent", "state", "virq")
+    __slots__ = ("handler", "notified", "owner", "peer", "remote_domid", "remote_port", "sent", "state", "virq")
 
     def __init__(self, state: State, remote_domid: int = 0, handler: Handler | None = None) -> None:
         self.state = state
@@ -58,6 +58,7 @@ class Channel:
         self.peer: EventChannels | None = None
         self.virq = 0
         self.handler = handler
+        self.owner = ""  # "" is the domain's own kernel
         self.sent = 0
         self.notified = 0
 

@@ -244,12 +244,19 @@ class GrantTable:
 
 
 class Mapping:
-    """A granted frame as its mapper sees it: `view` is the frame, read-only if that was asked for."""
+    """A granted frame as its mapper sees it: `view` is the frame, read-only if that was asked for.
 
-    __slots__ = ("frame", "handle", "readonly", "ref", "table", "view")
+    For inspection: whose frame it is, who in the mapping domain holds it ("" is its kernel), and since when."""
 
-    def __init__(self, handle: int, table: GrantTable, ref: int, frame: Frame, readonly: bool) -> None:
+    __slots__ = ("domid", "frame", "handle", "owner", "readonly", "ref", "since", "table", "view")
+
+    def __init__(
+        self, handle: int, domid: int, table: GrantTable, ref: int, frame: Frame, readonly: bool, since: float
+    ) -> None:
         self.handle = handle
+        self.domid = domid
+        self.since = since
+        self.owner = ""
         self.table = table
         self.ref = ref
         self.frame = frame
@@ -270,7 +277,7 @@ class CopyPtr(NamedTuple):
 
 
 class MapTrack:
-    """What domain `domid` has mapped from others. `lookup` finds a living domain's table, or None."""
+    """What domain `domid` has mapped from others. `lookup` finds a living domain's table, or None; `clock` dates them."""
 
     def __init__(
         self,
@@ -278,8 +285,10 @@ class MapTrack:
         memory: GuestMemory,
         lookup: Callable[[int], GrantTable | None],
         max_frames: int = DEFAULT_MAX_MAPTRACK_FRAMES,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.domid = domid
+        self.clock = clock
         self.memory = memory
         self.lookup = lookup
         self.limit = max_frames * MAPTRACK_PER_FRAME
@@ -304,7 +313,8 @@ class MapTrack:
             handle = self._free_handles.pop()
         else:
             handle, self._next_handle = self._next_handle, self._next_handle + 1
-        mapping = Mapping(handle, table, ref, Frame(table.memory, active.pfn), readonly)
+        frame = Frame(table.memory, active.pfn)
+        mapping = Mapping(handle, domid, table, ref, frame, readonly, self.clock())
         self.mappings[handle] = mapping
         return GNTST_okay, mapping
 

@@ -18,7 +18,7 @@ from struct import Struct
 from typing import TYPE_CHECKING
 
 from xenfs.fuse import kernel as k
-from xenfs.fuse.tree import NAME_MAX, Change, Node
+from xenfs.fuse.tree import NAME_MAX, Change, Ioctl, Node
 
 if TYPE_CHECKING:
     from xenfs.fuse.session import Session
@@ -31,7 +31,7 @@ READDIR_MOST = 8 * 1024  # some 250 names: of each its kind is looked up
 # what others wrote to a disk through a mapping. So O_TRUNC is a SETATTR of the size, after OPEN and without the handle.
 WANTED = (
     k.FUSE_ASYNC_READ | k.FUSE_BIG_WRITES | k.FUSE_ASYNC_DIO | k.FUSE_MAX_PAGES | k.FUSE_PARALLEL_DIROPS
-    | k.FUSE_HANDLE_KILLPRIV_V2
+    | k.FUSE_HANDLE_KILLPRIV_V2 | k.FUSE_INIT_EXT | k.FUSE_PASSTHROUGH
 )  # fmt: skip
 _SETXATTR_IN = Struct("<II")  # size flags: all that comes without FUSE_SETXATTR_EXT
 
@@ -51,10 +51,17 @@ def init(session: Session, unique: int, ino: int, body: bytes) -> None:
     major, minor, readahead, flags = k.INIT_IN_SHORT.unpack_from(body)
     if major < 7:
         raise OSError(errno.EPROTO, "FUSE older than 7")
+    if flags & k.FUSE_INIT_EXT and len(body) >= k.INIT_IN.size:
+        flags |= k.INIT_IN.unpack_from(body)[4] << 32
+    flags &= WANTED
+    passthrough = bool(flags & k.FUSE_PASSTHROUGH) and session.offer_passthrough()
+    if not passthrough:
+        flags &= ~k.FUSE_PASSTHROUGH
+    low, high = k.split_init_flags(flags)
     reply = k.INIT_OUT.pack(
-        7, min(minor, k.FUSE_KERNEL_MINOR_VERSION), readahead, flags & WANTED,
+        7, min(minor, k.FUSE_KERNEL_MINOR_VERSION), readahead, low,
         128, 96,  # max_background, congestion_threshold: asynchronous direct I/O counts as background
-        MAX_WRITE, 1, MAX_WRITE // 4096, 0, 0, 0, 0,
+        MAX_WRITE, 1, MAX_WRITE // 4096, 0, high, int(passthrough), 0,  # max_stack_depth: nothing stacked is behind it
     )  # fmt: skip
     session.send_data(unique, [reply])
 
@@ -235,6 +242,17 @@ def poll(session: Session, unique: int, ino: int, body: bytes) -> None:
     session.send_data(unique, [k.POLL_OUT.pack(revents, 0)])
 
 
+def ioctl(session: Session, unique: int, ino: int, body: bytes) -> None:
+    fh, flags, command, arg, in_size, out_size = k.IOCTL_IN.unpack_from(body)
+    data = body[k.IOCTL_IN.size :]
+    if flags & k.FUSE_IOCTL_DIR:
+        raise OSError(errno.ENOTTY, "no ioctls of directories")
+    if len(data) != in_size:
+        raise OSError(errno.EINVAL, "an ioctl of another length than it says")
+    pid = k.IN_HEADER.unpack_from(session.header)[6]
+    session.handles[fh].ioctl(Ioctl(session, unique, pid, command, arg, data, out_size))
+
+
 # --- open directories ------------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +332,7 @@ OPCODES: dict[int, Callable[[Session, int, int, bytes], None]] = {
     k.FUSE_CREATE: create,
     k.FUSE_INTERRUPT: interrupt,
     k.FUSE_DESTROY: destroy,
+    k.FUSE_IOCTL: ioctl,
     k.FUSE_POLL: poll,
     k.FUSE_BATCH_FORGET: batch_forget,
     k.FUSE_FALLOCATE: fallocate,

@@ -61,6 +61,8 @@ class Session:
         self._scratch = (scratch[:SMALL_LANDING], scratch[SMALL_LANDING:])
         self.landing = self._scratch
         self.writer: Node | None = None  # the node that was written last
+        # Asked when the kernel offers FUSE_PASSTHROUGH, which some files want for mmap(2); answered: whether to have it.
+        self.offer_passthrough: Callable[[], bool] = lambda: False
         self.batch_written = 0  # bytes, since serve.py began the batch
 
     # --- in ----------------------------------------------------------------------------------------------------------
@@ -143,6 +145,11 @@ class Session:
     def send_ok(self, unique: int) -> None:
         self.send([k.OUT_HEADER.pack(16, 0, unique)])
 
+    def send_ioctl(self, unique: int, result: int = 0, data: bytes = b"") -> None:
+        """What ioctl(2) returns, an int32 (a negative errno makes it -1), and the bytes for the caller's structure."""
+        body = k.IOCTL_OUT.pack(result, 0, 0, 0)
+        self.send([k.OUT_HEADER.pack(16 + len(body) + len(data), 0, unique) + body, data])
+
     def send_error(self, unique: int, number: int) -> None:
         self.send([k.OUT_HEADER.pack(16, -number, unique)])
 
@@ -197,7 +204,7 @@ class Session:
         """The OPEN_OUT of a new handle."""
         handle = self._number()
         self.handles[handle] = opened.handle
-        return k.OPEN_OUT.pack(handle, opened.flags, 0)
+        return k.OPEN_OUT.pack(handle, opened.flags, opened.backing_id)
 
     def opened_directory(self, listing: Listing) -> bytes:
         """The same for a directory."""

@@ -2,8 +2,9 @@
 
 A node raises OSError with the errno that the caller shall see. Operations that may finish later (a disk's) answer through
 the session themselves; all others return what the session then sends. The tree holds its nodes; the session only numbers
-them. read, write, fsync, fallocate, flush, poll, interrupt and release are asked of what open() or create() returned as the
-handle, which may be the node itself or an object of its own; so is a setattr that came with the handle (ftruncate, fchmod).
+them. read, write, fsync, fallocate, flush, poll, ioctl, interrupt and release are asked of what open() or create() returned
+as the handle, which may be the node itself or an object of its own; so is a setattr that came with the handle (ftruncate,
+fchmod).
 """
 
 from __future__ import annotations
@@ -25,10 +26,28 @@ if TYPE_CHECKING:
 
 
 class Opened(NamedTuple):
-    """What open() made: the object that serves the handle, and FOPEN_* flags."""
+    """What open() made: the object that serves the handle, FOPEN_* flags, and with FOPEN_PASSTHROUGH the backing id of the
+    file that mmap(2) of the handle maps."""
 
     handle: Node
     flags: int
+    backing_id: int = 0
+
+
+class Ioctl(NamedTuple):
+    """An ioctl(2) that waits for its answer: session.send_ioctl(), or an OSError.
+
+    `data` is what the kernel read at `arg` because the number says so (_IOC_WRITE), and at most `out_size` bytes go back
+    there (_IOC_READ). `pid` is the caller's thread, 0 if it is in no pid namespace of ours; it exists until the answer.
+    """
+
+    session: Session
+    unique: int
+    pid: int
+    command: int
+    arg: int
+    data: bytes
+    out_size: int
 
 
 class Change(NamedTuple):
@@ -137,6 +156,10 @@ class Node:
     def poll(self, session: Session, kh: int, schedule: bool) -> int:
         """POLL* that hold now. If `schedule`, the node calls session.notify_poll(kh) once when they have changed."""
         return POLL_ALWAYS
+
+    def ioctl(self, request: Ioctl) -> None:
+        """Answer with session.send_ioctl() now or later."""
+        raise refuse(errno.ENOTTY)
 
     def interrupt(self, unique: int) -> bool:
         """The caller of a request that is not answered yet wants out; True if it is given up (answered EINTR, or soon)."""
