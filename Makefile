@@ -11,7 +11,7 @@ PACKAGES := xenmodel blockdev netdev sysdev xenfs bench
 # Under CI a test that cannot run here is a failure, not a skip.
 STRICT := $(if $(CI),-p no_skips)
 
-.PHONY: help demo test check lint bench bench-net bench-xenstore clean system
+.PHONY: help demo test check lint bench bench-net bench-xenstore bench-devxen clean system
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench      compare with other FUSE servers; BENCH=--quick for a minute of it (root)'
 	@echo 'make bench-net  compare with other virtual networks; BENCH=--quick for a minute of it (root)'
 	@echo 'make bench-xenstore  compare with Xen'"'"'s own store daemons; BENCH=--quick for a minute of it (root)'
+	@echo 'make bench-devxen  compare what /dev/xen gives programs with what Unix does; BENCH=--quick for less of it (root)'
 	@echo 'make clean      remove .venv, caches and build leftovers'
 	@echo 'Variables:      PYTHON=$(PYTHON)  PYTEST="more arguments"  BENCH="more arguments"'
 
@@ -49,6 +50,9 @@ bench-net: .venv/installed-bench
 
 bench-xenstore: .venv/installed-bench
 	@$(BIN)/python -m bench.xenstore $(BENCH)
+
+bench-devxen: .venv/installed-bench
+	@$(BIN)/python -m bench.devxen $(BENCH)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

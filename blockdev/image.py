@@ -20,7 +20,7 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -51,24 +51,35 @@ class Workers:
     def __init__(self, count: int = WORKERS) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._under_way: dict[int, Job] = {}  # by id(): put(), but not reaped yet
         # `fd` is readable exactly while something is in `_done`: else the loop would spin, or sleep too long
-        self._done: list[tuple[Image, Request, str, int]] = []
+        self._done: list[tuple[Job, int]] = []
         self._done_lock = threading.Lock()
         self._threads = [threading.Thread(target=self._work, name=f"disk-{i}", daemon=True) for i in range(count)]
         for thread in self._threads:
             thread.start()
 
     def put(self, job: Job) -> None:
+        self._under_way[id(job)] = job
         self._jobs.put(job)
+
+    def fills(self, ranges: Sequence[range]) -> bool:
+        """May a worker be reading from a disk into memory at one of these addresses?"""
+        for _, what, views, _, _ in self._under_way.values():
+            for view in views if what == "preadv" else ():
+                start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+                if any(start < one.stop and one.start < start + len(view) for one in ranges):
+                    return True
+        return False
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            image, what, first, second, request = job
+            image, what, first, second, _ = job
             status = image.perform(what, first, second)
             with self._done_lock:
                 if not self._done:  # one wake-up for all that is done before the loop looks
                     os.eventfd_write(self.fd, 1)
-                self._done.append((image, request, what, status))
+                self._done.append((job, status))
 
     def reap(self) -> bool:
         """Complete what is done; True if there was anything. Called from the loop."""
@@ -77,7 +88,9 @@ class Workers:
         with self._done_lock:
             os.eventfd_read(self.fd)
             done, self._done = self._done, []
-        for image, request, what, status in done:
+        for job, status in done:
+            del self._under_way[id(job)]
+            image, what, _, _, request = job
             image.job_done(what)
             request.complete(status)
         return True

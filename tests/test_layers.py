@@ -37,7 +37,11 @@ HOST_ONLY = _words(
 )
 # Order and clock are arguments, also in the edges.
 NEVER = _words("random secrets time datetime uuid")
-ALLOWED = {"xenmodel.memory": _words("mmap ctypes"), "blockdev.command": _words("mmap")}  # frames; pages once they are lost
+ALLOWED = {
+    "xenmodel.memory": _words("mmap ctypes"),  # frames
+    "xenmodel.ring": _words("_thread"),  # a lock as a fence
+    "blockdev.command": _words("mmap"),  # pages once they are lost
+}
 # Calls of os that make a descriptor, use one, or wait.
 OS_CALLS = _words(
     "open fdopen pipe pipe2 dup dup2 openpty memfd_create eventfd pidfd_open read write pread pwrite preadv pwritev readv"
@@ -194,7 +198,7 @@ BAD: list[tuple[str, str]] = [  # module it would be, source: each line of these
     ("netdev.netback", "import sysdev.console"),
     ("sysdev.console", "from blockdev import storage"),
     ("sysdev.console", "import xenfs"),
-    *[("xenmodel.ring", f"import {name}") for name in sorted(HOST_ONLY)],
+    *[("xenmodel.xenbus", f"import {name}") for name in sorted(HOST_ONLY)],
     *[("blockdev.blkback", f"from {name} import x") for name in sorted(HOST_ONLY | NEVER)],
     *[("blockdev.image", f"import {name}") for name in sorted(NEVER)],  # an edge may do I/O but has no clock either
     ("xenmodel.memory", "import socket"),

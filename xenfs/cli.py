@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from xenfs import __version__, storecmd
+from xenfs import __version__, lscmd, storecmd
 from xenfs.config import ConfigError, load_configs
 
 
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--keep", action="store_true", help="leave the scratch directory behind")
     storecmd.add_commands(commands)
+    lscmd.add_commands(commands)
     return top
 
 
@@ -84,6 +85,8 @@ def _run(argv: Sequence[str] | None) -> int:
     )
     if options.command in ("store", "quota"):
         return storecmd.run(options)
+    if options.command in ("lsevtchn", "lsgrants"):
+        return lscmd.run(options)
     # these need libfuse, which --help and a wrong configuration should not
     from blockdev.storage import StorageError
     from netdev.netlink import NetlinkError

@@ -10,8 +10,11 @@ Differences, on purpose: a guest without `uuid` gets one derived from its name, 
 and so does a vif without `mac`; a name is checked, for it becomes a file name. As in xl, a relative path is relative to the
 current directory, not to the file.
 
-One option is ours, not Xen's: netns = "guest" | "host" says where the guest's interfaces appear: in a network namespace of
-their own, `xenfs-NAME` (the default, as a guest has its own network), or beside the host's.
+Two options are ours, not Xen's:
+    netns = "guest" | "host"      where the guest's interfaces appear: in a network namespace of their own, `xenfs-NAME`
+                                  (the default, as a guest has its own network), or beside the host's
+    drivers = "xenfs" | "none"    who drives the guest's devices: our frontends (the default), or nobody, so that programs
+                                  can, as that domain, through its dev/xen
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from xenfs.diskspec import DiskError, DiskSpec, parse_disk
 from xenfs.vifspec import VifError, VifSpec, next_devid, parse_vif
 from xenfs.xlcfg import Atom, List, Parser, Setting, shown
 from xenfs.xlcfg import ConfigError as ConfigError  # this module raises it, too
+from xenfs.xlcfg import domid as domid_in
 
 MAX_CONFIG_BYTES = 1 << 18
 NETNS_PREFIX = "xenfs-"
@@ -43,7 +47,8 @@ _NUMBER = re.compile(r"[ \t]*([+-]?)(?:0[xX]([0-9a-fA-F]{1,16})|(0[0-7]{0,21})|(
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _UUID_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "xenfs:domain")
 
-USED = frozenset({"name", "uuid", "memory", "maxmem", "max_grant_frames", "disk", "vif", "netns"})
+_USED_NAMES = "name uuid memory maxmem max_grant_frames disk vif netns drivers driver_domain"
+USED = frozenset(_USED_NAMES.split())
 
 # They ask for a device, or for access to one, that the guest would then not find. Empty ones ask for nothing.
 _DEVICE_NAMES = """
@@ -57,7 +62,7 @@ acpi acpi_firmware acpi_laptop_slate acpi_s3 acpi_s4 altp2m altp2m_count altp2mh
 bios_path_override boot bootloader bootloader_args bootloader_restrict bootloader_user builder cap cmdline
 cpu_weight cpuid cpus cpus_soft device_model device_model_args device_model_args_hvm device_model_args_pv
 device_model_override device_model_stubdomain_override device_model_stubdomain_seclabel device_model_user
-device_model_version display dm_restrict driver_domain e820_host extra extratime firmware firmware_override
+device_model_version display dm_restrict e820_host extra extratime firmware firmware_override
 gic_version hap hdtype hpet hvm_pirq init_seclabel kernel keymap latency llc_colors localtime
 max_event_channels max_grant_version max_maptrack_frames maxvcpus mca_caps mmio_hole ms_vm_genid msr_relaxed
 nestedhvm nographic nomigrate nr_spis nx on_crash on_poweroff on_reboot on_soft_reset on_watchdog oos opengl
@@ -87,6 +92,8 @@ class GuestConfig:
     disks: tuple[DiskSpec, ...] = ()
     vifs: tuple[VifSpec, ...] = ()
     netns: str = "guest"
+    drivers: str = "xenfs"
+    driver_domain: bool = False
     unused: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -101,19 +108,40 @@ def default_store_socket(mountpoint: str) -> str:
 
 
 def load_configs(paths: Iterable[str]) -> list[GuestConfig]:
-    """Read a guest from each file. ConfigError also if two share a name, a uuid, a vifname or a writable image."""
+    """Read a guest from each file. ConfigError also if two share a name, a uuid, a vifname or a writable image, or if one
+    has a device of a guest that is not before it."""
     guests = [load_config(path) for path in paths]
+    _check_backends(guests)
     owners: dict[object, str] = {}
     for guest in guests:
         names = (f"name {guest.name}", f"uuid {guest.uuid}")
         claims: dict[object, str] = dict(zip(names, names, strict=True))
-        claims |= {_identity(d): f"writable {shown(d.target)}" for d in guest.disks if not d.readonly}
-        claims |= {("vifname", vif.vifname): f"vifname {vif.vifname}" for vif in guest.vifs if vif.vifname}
+        claims |= {_identity(d): f"writable {shown(d.target)}" for d in guest.disks if not d.readonly and _served_here(d)}
+        claims |= {("vifname", v.vifname): f"vifname {v.vifname}" for v in guest.vifs if v.vifname and _served_here(v)}
         for key, what in claims.items():
             if key in owners:
                 raise ConfigError(guest.path, 0, f"{what} already belongs to the guest of {owners[key]}")
             owners[key] = guest.path
     return guests
+
+
+def _check_backends(guests: list[GuestConfig]) -> None:
+    """As with xl, who serves a device is there when the device is made. Guests have the domids 1, 2, ... in their order."""
+    domids = {guest.name: domid for domid, guest in enumerate(guests, 1)}
+    for domid, guest in enumerate(guests, 1):
+        wanted = [(f"disk {disk.vdev}", disk.backend) for disk in guest.disks]
+        wanted += [(f"vif {vif.devid}", vif.backend) for vif in guest.vifs]
+        for what, backend in wanted:
+            number = domid_in(backend)
+            serves = domids.get(backend, len(guests) + 1) if number is None else number
+            if serves < domid:
+                continue
+            why = "is none of the guests"
+            if serves == domid:
+                why = "is this guest itself"
+            elif serves <= len(guests):
+                why = f"must be started first: put {guests[serves - 1].path} before this file"
+            raise ConfigError(guest.path, 0, f"{what}: backend {shown(backend)} {why}")
 
 
 def duplicate_macs(guests: Iterable[GuestConfig]) -> list[str]:
@@ -122,7 +150,8 @@ def duplicate_macs(guests: Iterable[GuestConfig]) -> list[str]:
     users: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for guest in guests:
         for vif in guest.vifs:
-            users[vif.bridge, vif.mac].append(f"vif {vif.devid} of {guest.name}")
+            if _served_here(vif):
+                users[vif.bridge, vif.mac].append(f"vif {vif.devid} of {guest.name}")
     return [
         f"mac {mac} on bridge {bridge} belongs to {' and to '.join(names)}: frames will reach one or the other"
         for (bridge, mac), names in users.items()
@@ -155,7 +184,13 @@ def parse_config(text: str, path: str) -> GuestConfig:
     name = read.name()
     ident = read.uuid(name)
     grant_frames = read.number("max_grant_frames", 1, MAX_GRANT_FRAMES) or DEFAULT_GRANT_FRAMES
-    return GuestConfig(path, name, ident, *read.memory(), grant_frames, read.disks(), read.vifs(ident), read.netns(), unused)
+    return GuestConfig(
+        path, name, ident, *read.memory(), grant_frames, read.disks(), read.vifs(ident),
+        netns=read.word("netns", ("guest", "host")),
+        drivers=read.word("drivers", ("xenfs", "none")),
+        driver_domain=read.number("driver_domain", 0, 1) == 1,
+        unused=unused,
+    )  # fmt: skip
 
 
 def _sort_out(settings: dict[str, Setting], path: str) -> tuple[tuple[str, int], ...]:
@@ -224,7 +259,8 @@ class _Reader:
         for item in self._strings("disk", "'target,format,vdev,access'"):
             disk = self._disk(item)
             claims: dict[object, str] = {disk.vdev_number: f"vdev {disk.vdev}"}
-            claims |= {} if disk.readonly else {_identity(disk): f"writable {shown(disk.target)}"}
+            if not disk.readonly and _served_here(disk):
+                claims[_identity(disk)] = f"writable {shown(disk.target)}"
             for key, what in claims.items():
                 if key in seen:
                     raise ConfigError(self.path, item.line, f"disk: {what} already belongs to {seen[key]}")
@@ -264,11 +300,12 @@ class _Reader:
         except VifError as error:
             raise ConfigError(self.path, item.line, f"vif {shown(item.text)}: {error}") from None
 
-    def netns(self) -> str:
-        text = self._text("netns")
-        if text not in (None, "guest", "host"):
-            self._fail("netns", f"netns {shown(text)} is not one of guest, host")
-        return text or "guest"
+    def word(self, option: str, words: tuple[str, ...]) -> str:
+        """One of `words`; the first unless given."""
+        text = self._text(option)
+        if text is not None and text not in words:
+            self._fail(option, f"{option} {shown(text)} is not one of {', '.join(words)}")
+        return text or words[0]
 
     def _strings(self, option: str, example: str) -> list[Atom]:
         """The entries of a list of strings."""
@@ -294,6 +331,11 @@ class _Reader:
 
     def _fail(self, option: str, message: str) -> NoReturn:
         raise ConfigError(self.path, self.settings[option].line, message)
+
+
+def _served_here(spec: DiskSpec | VifSpec) -> bool:
+    """By domain 0. What names mean to another guest that serves a device is its own business."""
+    return spec.backend == "0"
 
 
 def _identity(disk: DiskSpec) -> object:

@@ -44,6 +44,7 @@ TOOLS = (
 PACKAGES = "e2fsprogs, mount, util-linux, iproute2, iputils-ping, python3 and xenstore-utils"
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"  # not on everybody's PATH
 ALL = 1000  # lines: more than the store of two guests has
+EVTCHN = "mnt/domains/0/inspect/evtchn"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -103,6 +104,8 @@ def _names() -> tuple[str, str]:
 
 def _play(scene: Scene, guests: tuple[str, str]) -> None:
     _start(scene, guests)
+    scene.title("Domain 0's event channels: which backend waits at which port, and nearly nothing sent")
+    scene.run("cat", EVTCHN)
     _use_the_disk(scene, guests[0])
     _use_the_network(scene, guests)
     _look_inside(scene, guests[0])
@@ -170,6 +173,9 @@ def _use_the_network(scene: Scene, guests: tuple[str, str]) -> None:
 
 
 def _look_inside(scene: Scene, guest: str) -> None:
+    scene.title("The same ports after all that: an event that finds its port pending already is no further call")
+    scene.run("cat", EVTCHN)
+
     scene.title("What the two ends of the interface agreed on, and what has crossed")
     scene.run("cat", f"mnt/domains/{guest}/inspect/vif/xn0")
 

@@ -22,6 +22,7 @@ import re
 from dataclasses import dataclass
 
 from blockdev.vdev import parse_vdev
+from xenfs.xlcfg import domain
 
 MAX_SPEC_CHARS = 8192
 MAX_TARGET_BYTES = 4096 - 64  # one xenstore write holds 4096: the path of `params` (under 64) and this
@@ -75,7 +76,8 @@ class DiskError(ValueError):
 @dataclass(frozen=True)
 class DiskSpec:
     """One disk, all defaults applied. `readonly` is forced for a cdrom and `discard` defaults to "writable",
-    both as in libxl. Sector sizes are in bytes; None means those of the image or device."""
+    both as in libxl. Sector sizes are in bytes; None means those of the image or device. `backend` is "0", or the domid
+    or name of the guest that serves the disk: what `target` means is then known there, and so are the sector sizes."""
 
     target: str
     vdev: str
@@ -224,10 +226,6 @@ def _refuse_unserved(given: dict[str, str]) -> None:
         raise DiskError("backendtype standalone serves only virtio disks: write backendtype=phy")
     if given.get("backendtype") == "tap":
         raise DiskError("backendtype tap needs blktap, which is not supported: write backendtype=phy")
-    if given.get("backend", "") not in ("", "0", "Domain-0"):
-        raise DiskError(
-            f"backend {_shown(given['backend'])}: only domain 0 can serve disks yet; leave it out"
-        )
     _refuse_empty_drive(given)
 
 
@@ -271,6 +269,7 @@ def _meaning(given: dict[str, str]) -> DiskSpec:
         readonly=readonly,
         cdrom=cdrom,
         removable=cdrom,
+        backend=domain(given.get("backend", "")),
         backendtype=given.get("backendtype") or None,
         script=given.get("script") or None,
         direct_io_safe=given.get("direct-io-safe") == "1",

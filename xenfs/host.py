@@ -22,9 +22,11 @@ from blockdev.storage import Backing, Storage
 from netdev.netback import Netback
 from netdev.netfront import Netfront
 from xenfs.config import GuestConfig
+from xenfs.devxen import XenDevices
 from xenfs.exports import EXPORTS, Export
 from xenfs.fuse.tree import Directory, Link, Node
-from xenfs.nodes import text, vif
+from xenfs.nodes import ledger, text, vif
+from xenfs.nodes.ledger import Ledger
 from xenfs.nodes.text import Text
 from xenfs.nodes.xenstore import StoreDirectory, StoreTree
 from xenfs.probe import Probe
@@ -41,6 +43,7 @@ from xenmodel.xenstore.client import Client
 log = logging.getLogger("xenfs.host")
 
 DOM0_MEMORY_MIB = 64
+DOM0 = Domid(0)
 NETWORK_S = 20.0  # what one change of the host's network may take
 
 
@@ -61,12 +64,16 @@ class Guest(NamedTuple):
 class World:
     """Domain 0 with its backends, and a guest per configuration."""
 
-    def __init__(self, open_storage: Callable[[Backing], Storage] | None = None) -> None:
+    def __init__(
+        self, open_storage: Callable[[Backing], Storage] | None = None, device_gid: int | None = None
+    ) -> None:
         self.workers = Workers()
         self.open_storage = open_storage or (lambda backing: Image(backing, self.workers, time.perf_counter))
         self.hypervisor = Hypervisor(clock=time.monotonic)
         self.store = StoreHost(self.hypervisor, self.kick)
         self.store.on_release = self._released
+        self.devices = XenDevices(self.workers.fills, self.kick, ledger.evtchn)
+        self.devices.gid = device_gid
         self.toolstack = Toolstack(self.hypervisor)
         self.vifs = Vifs(self.toolstack, self.kick, lambda line: self.announce(line))
         self.dom0 = self.toolstack.create_dom0(DOM0_MEMORY_MIB)
@@ -90,8 +97,13 @@ class World:
     # --- guests ------------------------------------------------------------------------------------------------------
 
     def create(self, config: GuestConfig) -> Guest:
-        """What `xl create` does: the domain, its kernel's bus, then its devices. NetlinkError: it can have no namespace."""
-        if config.vifs and config.netns_name:
+        """What `xl create` does: the domain, its kernel's bus, then its devices. NetlinkError: it can have no namespace.
+        HostError: a device's backend is in no domain that runs.
+
+        With drivers = "none" the bus is not looked at: the nodes are for programs that use the domain's dev/xen."""
+        self._check_backends(config)
+        driven = config.drivers == "xenfs"
+        if driven and config.vifs and config.netns_name:
             self.vifs.network.make_namespace(config.netns_name)
         domain = self.toolstack.create(config)
         dev = Directory()
@@ -107,16 +119,27 @@ class World:
         self.guests[domain.domid] = guest
         self.domains.add(str(domain.domid), directory)
         self.domains.add(config.name, Link(str(domain.domid)))
-        probe.start()
+        if driven:
+            probe.start()
         for disk in config.disks:
             self.toolstack.attach_disk(domain.domid, disk)
         for spec in config.vifs:
             self.toolstack.attach_vif(domain.domid, spec.devid, spec)
         return guest
 
+    def _check_backends(self, config: GuestConfig) -> None:
+        wanted = [(disk.vdev, disk.backend) for disk in config.disks]
+        wanted += [(f"vif {spec.devid}", spec.backend) for spec in config.vifs]
+        for name, backend in wanted:
+            try:
+                self.toolstack.backend_domid(backend)
+            except ValueError as error:
+                raise HostError(f"{config.name}: {name}: {error}") from None
+
     def destroy(self, domid: int) -> None:
         guest = self.guests.pop(domid)
         guest.probe.stop()
+        self.devices.remove(domid)
         self.toolstack.destroy(domid)
         self.domains.remove(str(domid))
         self.domains.remove(guest.config.name)
@@ -136,16 +159,20 @@ class World:
     def _directory(self, domain: Domain, dev: Directory) -> Directory:
         inspect = Directory(
             {
-                "evtchn": Text(lambda: text.evtchn(domain)),
-                "grants": Text(lambda: text.grants(domain)),
+                "evtchn": Ledger(lambda: ledger.evtchn_lines(domain)),
+                "grants": Ledger(lambda: ledger.grants_lines(domain)),
                 "rings": Text(lambda: self._rings(domain)),
                 "xenstore": self.store.inspect(domain.domid),
             },
             private=True,
         )
+        proc = self.store.device_files(domain.domid, dev)
+        xen = dev.children[b"xen"]
+        assert isinstance(xen, Directory), "dev/xen is a directory"
+        self.devices.add(domain, xen)
         children: dict[str, Node] = {
             "dev": dev,
-            "proc": self.store.device_files(domain.domid, dev),
+            "proc": proc,
             "name": Text(lambda: f"{domain.name}\n"),
             "state": Text(lambda: f"{domain.state.value}\n"),
             "inspect": inspect,
@@ -218,7 +245,8 @@ class World:
         """Deliver what a batch caused; True if there is more to do."""
         self.workers.reap()
         self.vifs.network.reap()
-        return self.hypervisor.deliver()
+        more = self.devices.step()
+        return self.hypervisor.deliver() or more
 
     def settle(self) -> None:
         """Bring the control plane to rest (start-up; no client is connected yet)."""
@@ -231,10 +259,13 @@ class World:
             self.hypervisor.settle()
 
     def check_connected(self) -> None:
-        """HostError with the reason if a device that was asked for is not there."""
+        """HostError with the reason if a device that was asked for is not there, and both its ends are ours: a program may
+        come for the other one when it likes."""
         for guest in self.guests.values():
-            wanted = [(f"vbd/{disk.vdev_number}", disk.vdev) for disk in guest.config.disks]
-            wanted += [(f"vif/{spec.devid}", f"vif {spec.devid}") for spec in guest.config.vifs]
+            if guest.config.drivers != "xenfs":
+                continue
+            wanted = [(f"vbd/{disk.vdev_number}", disk.vdev) for disk in guest.config.disks if disk.backend == "0"]
+            wanted += [(f"vif/{spec.devid}", f"vif {spec.devid}") for spec in guest.config.vifs if spec.backend == "0"]
             for device, name in wanted:
                 front = guest.probe.devices.get(f"/local/domain/{guest.domain.domid}/device/{device}")
                 up = front is not None and front.state is XenbusState.Connected
@@ -282,13 +313,29 @@ class World:
                 await trio.lowlevel.checkpoint()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until no request is under way; False if the time was not enough."""
+        """Wait until no request is under way; False if the time was not enough for our own backends. Another one may take
+        as long, unless it is seen to be gone."""
+        self._leave_abandoned()
         with trio.move_on_after(timeout_s):
-            while any(front.connected and (front.waiting or front.busy) for _, front in self.fronts()):
+            while self._under_way():
                 self.kick()
                 await trio.sleep(0.005)
-            return True
-        return False
+        return not any(front.peer_domid == DOM0 for front in self._under_way())
+
+    def _under_way(self) -> list[Blkfront]:
+        return [front for _, front in self.fronts() if front.connected and (front.waiting or front.busy)]
+
+    def _leave_abandoned(self) -> None:
+        """Close the disks whose backend was a program that has ended without a word: with it went its event channels."""
+        for guest, front in list(self.fronts()):
+            channels = [front.domain.events.channels.get(queue.port) for queue in front.queues]
+            if front.peer_domid == DOM0 or any(channel is not None and channel.peer for channel in channels):
+                continue
+            if front.connected:
+                lost = len(front.waiting) + sum(queue.ring.size - queue.ring.free for queue in front.queues)
+                name = guest.exports[front.node].name
+                log.warning("%s %s: its backend has gone, %d requests are not answered", guest.config.name, name, lost)
+                front.close()
 
     def close(self) -> bool:
         """Close every device in order (guest first), destroy the domains, stop the workers. False: something hangs."""
@@ -303,6 +350,7 @@ class World:
         finished = []
         with ExitStack() as rest:  # in reverse; and whatever fails, the rest is still done
             rest.callback(self.hypervisor.close)
+            rest.callback(self.devices.close)
             rest.callback(lambda: finished.append(self.workers.close()))
             rest.callback(self.vifs.close)
             rest.callback(self.store.close)

@@ -5,7 +5,9 @@ need in the store, so start-up, hot-plug and a test that pokes the store take th
 here as far as it is in the store: saying where a disk's image is, or that an interface is on its bridge. Putting it there
 is the host's, see `Toolstack.hotplug_vif`.
 
-Invariants: a device has an entry in `_watches` from its attach until its three directories are removed; whatever somebody
+A backend may be in another guest: its directory is below that domain's, and its scripts are that domain's to run.
+
+Invariants: a device has an entry in `_backends` from its attach until its three directories are removed; whatever somebody
 with the right to (domain 0's root, a driver) writes in a node costs the device of that node, never the process.
 Left out of the tree: nodes of devices that do not exist here yet (console) and libxl's own bookkeeping below /libxl that
 nobody but libxl reads.
@@ -21,8 +23,10 @@ from typing import Protocol
 
 from netdev.link import DEFAULT_MTU
 from xenfs.config import GuestConfig
+from xenfs.devnodes import DeviceNodes, disk_nodes, vif_nodes
 from xenfs.diskspec import DiskSpec
 from xenfs.vifspec import VifSpec, next_devid
+from xenfs.xlcfg import domid as domid_in
 from xenmodel.domain import Domain
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.public.grant_table import GNTTAB_RESERVED_XENSTORE
@@ -41,12 +45,13 @@ GUEST_OWNED = (
     "device/suspend/event-channel", "control/shutdown", "control/feature-poweroff", "control/feature-reboot",
     "control/feature-suspend", "control/sysrq", "data", "drivers", "feature", "attr", "error",
 )  # fmt: skip
+DRIVER_DOMAIN_OWNED = ("libxl", "device-model")  # for a libxl of its own
 
 MAX_REASON_CHARS = 512  # of a script's error: a write to the store holds 4096 bytes
 MAX_IDENT_DIGITS = 10  # of a uint32_t
 
 KINDS = ("vbd", "vif")
-Node = tuple[str, str]
+INITIALISING, CLOSED = str(int(XenbusState.Initialising)), str(int(XenbusState.Closed))
 
 
 class HotplugDone(Protocol):
@@ -63,6 +68,7 @@ class Toolstack:
         self.hypervisor = hypervisor
         self.client = Client(hypervisor.store.connect(DOM0))
         self._uuids: dict[int, str] = {}
+        self._backends: dict[tuple[int, str, str], Domid] = {}  # whose device, its kind and number -> who serves it
         self._watches: dict[str, str] = {}  # backend directory -> watch of its state
         self._plugs: dict[str, object] = {}  # backend directory of a vif -> which run of the script; None: it has ended
         # The script vif-bridge: called with a backend's directory when that is in InitWait, again if it starts anew.
@@ -117,102 +123,76 @@ class Toolstack:
             self._put(f"{home}/{name}", "", shared, tx)
         for name in GUEST_OWNED:
             self._put(f"{home}/{name}", "", [Perm(domid, Access.NONE)], tx)
+        for name in DRIVER_DOMAIN_OWNED if config.driver_domain else ():
+            self._put(f"{home}/{name}", "", [Perm(domid, Access.NONE)], tx)
         self.client.write(f"{vm}/uuid", config.uuid, tx)
         for feature in ("multiprocessor-suspend", "xs_reset_watches"):
             self.client.write(f"{home}/control/platform-feature-{feature}", 1, tx)
         self.client.write(f"{libxl}/type", "pv", tx)
 
+    def backend_domid(self, backend: str, domid: int | None = None) -> Domid:
+        """The domain that a specification's `backend` names, for a device of `domid`. ValueError if it cannot serve it."""
+        domains, number = self.hypervisor.domains, domid_in(backend)
+        named = (domain for domain in domains.values() if domain.name == backend)
+        found = next(named, None) if number is None else domains.get(number)
+        if found is None:
+            raise ValueError(f"backend {shown(backend)} is no domain that runs: it must be started first")
+        if found.domid == domid:
+            raise ValueError(f"backend {shown(backend)} is the guest itself")
+        return found.domid
+
     def attach_disk(self, domid: int, disk: DiskSpec) -> str:
         """Plug a disk in. The backend's directory."""
-        ident = disk.vdev_number
-        if f"/local/domain/0/backend/vbd/{domid}/{ident}" in self._watches:
+        backend_domid, ident = self.backend_domid(disk.backend, domid), disk.vdev_number
+        if (domid, "vbd", str(ident)) in self._backends:
             raise ValueError(f"domain {domid} has a disk {ident} already")
-        frontend: list[Node] = [
-            ("backend-id", "0"), ("state", "1"), ("virtual-device", str(ident)),
-            ("device-type", "cdrom" if disk.cdrom else "disk"), ("trusted", str(int(disk.trusted))),
-            ("protocol", "x86_64-abi"),
-        ]  # fmt: skip
-        backend: list[Node] = [
-            ("params", os.path.abspath(disk.target)), ("script", "/etc/xen/scripts/block"), ("frontend-id", str(domid)),
-            ("online", "1"), ("removable", str(int(disk.removable))), ("bootable", "1"), ("state", "1"),
-            ("dev", disk.vdev), ("type", "phy"), ("mode", "r" if disk.readonly else "w"),
-            ("device-type", "cdrom" if disk.cdrom else "disk"), ("discard-enable", str(int(disk.discard))),
-            ("specification", "xen"),
-        ]  # fmt: skip
-        ours = {
-            "xenfs-sector-size": disk.sector_size,
-            "xenfs-physical-sector-size": disk.physical_sector_size,
-            "xenfs-direct-io": int(disk.direct_io) or None,
-        }
-        back = self._attach(domid, f"vbd/{ident}", frontend, [], backend, ours)
-        self._watches[back] = self._watch(f"{back}/state", lambda _path: self._hotplug_disk(back))
+        back = self._attach(domid, backend_domid, "vbd", ident, disk_nodes(domid, backend_domid, disk))
+        if backend_domid == DOM0:
+            self._watches[back] = self._watch(f"{back}/state", lambda _path: self._hotplug_disk(back))
         return back
 
     def attach_vif(self, domid: int, devid: int | None, vif: VifSpec) -> str:
         """Plug an interface in, under this number, or that of `vif`, or the lowest that is free. The backend's directory."""
+        backend_domid = self.backend_domid(vif.backend, domid)
         taken = {int(name) for name in self._idents(domid, "vif")}
         devid = vif.devid if devid is None else devid
         devid = next_devid(taken) if devid is None else devid
         if devid in taken:
             raise ValueError(f"domain {domid} has an interface {devid} already")
         vif = vif.resolved(self._uuids[domid], devid)
-        frontend: list[Node] = [
-            ("backend-id", "0"), ("state", "1"), ("handle", str(devid)), ("mac", vif.mac),
-            ("trusted", str(int(vif.trusted))),
-        ]  # fmt: skip
-        backend: list[Node] = [
-            ("frontend-id", str(domid)), ("online", "1"), ("state", "1"), ("script", vif.script),
-            ("vifname", vif.vifname or ""), ("mac", vif.mac), ("ip", " ".join(vif.ip)),
-            ("rate", ",".join(map(str, vif.rate or ()))),
-            ("mtu", "" if vif.mtu == DEFAULT_MTU else str(vif.mtu)), ("bridge", vif.bridge), ("handle", str(devid)),
-            ("type", vif.type),
-        ]  # fmt: skip
-        backend = [node for node in backend if node[1]]  # libxl leaves out what was not given
-        backend.append(("hotplug-status", ""))
-        ours = {"xenfs-queues": vif.queues if vif.queues > 1 else None}
-        back = self._attach(domid, f"vif/{devid}", frontend, [("mtu", str(vif.mtu))], backend, ours)
-        self._watches[back] = self._watch(f"{back}/state", lambda _path: self._hotplug_vif(back))
+        back = self._attach(domid, backend_domid, "vif", devid, vif_nodes(domid, backend_domid, devid, vif))
+        if backend_domid == DOM0:
+            self._watches[back] = self._watch(f"{back}/state", lambda _path: self._hotplug_vif(back))
         return back
 
-    def _attach(
-        self,
-        domid: int,
-        device: str,
-        frontend: list[Node],
-        readonly: list[Node],
-        backend: list[Node],
-        ours: dict[str, int | None],
-    ) -> str:
-        """One transaction with both directories and libxl's copy. `readonly` are nodes that the guest does not own, `ours`
-        those of the backend that a real Xen lacks. The backend's directory."""
-        front, libxl = f"/local/domain/{domid}/device/{device}", f"/libxl/{domid}/device/{device}"
-        back = f"/local/domain/0/backend/{device.replace('/', f'/{domid}/')}"
+    def _attach(self, domid: int, backend_domid: Domid, kind: str, ident: int, nodes: DeviceNodes) -> str:
+        """libxl__device_generic_add(): one transaction with both directories and libxl's copy. The backend's directory."""
+        front, libxl = f"/local/domain/{domid}/device/{kind}/{ident}", f"/libxl/{domid}/device/{kind}/{ident}"
+        back = f"/local/domain/{backend_domid}/backend/{kind}/{domid}/{ident}"
+        guests, backends = _owned(Domid(domid), backend_domid), _owned(backend_domid, Domid(domid))
 
         def work(tx: int) -> None:
-            client, guest = self.client, Domid(domid)
+            client = self.client
             client.rm(libxl, tx)
             client.write(f"{libxl}/frontend", front, tx)
             client.write(f"{libxl}/backend", back, tx)
             client.rm(front, tx)
-            perms = _owned(guest, DOM0)
-            self._put(front, "", perms, tx)
+            self._put(front, "", guests, tx)
             client.write(f"{front}/backend", back, tx)
-            for key, value in frontend:
-                self._put(f"{front}/{key}", value, perms, tx)
-            for key, value in readonly:
-                self._put(f"{front}/{key}", value, _owned(DOM0, guest), tx)
+            for key, value in nodes.frontend:
+                self._put(f"{front}/{key}", value, guests, tx)
+            for key, value in nodes.readonly:
+                self._put(f"{front}/{key}", value, backends, tx)
             client.rm(back, tx)
-            self._put(back, "", _owned(DOM0, guest), tx)
+            self._put(back, "", backends, tx)
             client.write(f"{back}/frontend", front, tx)
-            for key, value in backend:
+            for key, value in nodes.backend + nodes.ours:
                 client.write(f"{back}/{key}", value, tx)
-            for key, number in ours.items():
-                if number is not None:
-                    client.write(f"{back}/{key}", number, tx)
-            for key, value in backend:
+            for key, value in nodes.backend:
                 client.write(f"{libxl}/{key}", value, tx)
 
         self.client.transact(work)
+        self._backends[domid, kind, str(ident)] = backend_domid
         return back
 
     def _hotplug_disk(self, back: str) -> None:
@@ -280,61 +260,76 @@ class Toolstack:
         self.client.write(f"{back}/hotplug-error", reason[:MAX_REASON_CHARS])
         self.client.write(f"{back}/hotplug-status", "error")
 
-    def detach_disk(self, domid: int, ident: int, done: Callable[[], None] = lambda: None) -> None:
-        """Hot-unplug a disk; `done` is called when nothing is left of it. ValueError if there is none."""
-        self._detach(domid, "vbd", ident, done, f"domain {domid} has no disk {ident}")
+    def detach_disk(self, domid: int, ident: int, done: Callable[[], None] = lambda: None, *, force: bool = False) -> None:
+        """Hot-unplug a disk; `done` is called when nothing is left of it. ValueError if there is none.
 
-    def detach_vif(self, domid: int, devid: int, done: Callable[[], None] = lambda: None) -> None:
-        """Hot-unplug an interface; `done` is called when nothing is left of it. ValueError if there is none."""
-        self._detach(domid, "vif", devid, done, f"domain {domid} has no interface {devid}")
+        With `force`, as with that of xl, a backend that does not answer is not waited for."""
+        self._detach(domid, "vbd", ident, done, f"domain {domid} has no disk {ident}", force)
 
-    def _detach(self, domid: int, kind: str, ident: int, done: Callable[[], None], missing: str) -> None:
+    def detach_vif(self, domid: int, devid: int, done: Callable[[], None] = lambda: None, *, force: bool = False) -> None:
+        """The same of an interface."""
+        self._detach(domid, "vif", devid, done, f"domain {domid} has no interface {devid}", force)
+
+    def _detach(self, domid: int, kind: str, ident: int, done: Callable[[], None], missing: str, force: bool) -> None:
         """Ask the backend side to close, remove all three directories when it has.
 
-        A backend that is Closed already (it failed, or the guest closed the device) is not asked: it would not answer.
+        A backend that is Closed already (it failed, or the guest closed the device) is not asked: it would not answer. Nor
+        would one in another domain that never began; one whose domain has ended took its directory along.
         """
-        back = f"/local/domain/0/backend/{kind}/{domid}/{ident}"
-        if back not in self._watches:
+        device = (domid, kind, str(ident))
+        if device not in self._backends:
             raise ValueError(missing)
+        back, foreign = f"{self._backend_tree(*device)}/{kind}/{domid}/{ident}", self._backends[device] != DOM0
         self._plugs.pop(back, None)
 
         def ask(tx: int) -> None:
+            state = self.client.read(f"{back}/state", tx)
+            if state is None:
+                return
             self.client.write(f"{back}/online", 0, tx)
-            if self.client.read(f"{back}/state", tx) not in (None, str(int(XenbusState.Closed))):
-                self.client.write(f"{back}/state", int(XenbusState.Closing), tx)
+            if state != CLOSED:
+                unheard = force or (foreign and state == INITIALISING)
+                self.client.write(f"{back}/state", CLOSED if unheard else int(XenbusState.Closing), tx)
 
         def closed(_path: str) -> None:
-            if self.client.read(f"{back}/state") in (None, str(int(XenbusState.Closed))):
+            if force or self.client.read(f"{back}/state") in (None, CLOSED):
                 self.client.unwatch(self._watches.pop(back))
-                self.client.transact(lambda tx: self._remove(tx, domid, kind, ident))
+                self.client.transact(lambda tx: self._remove(tx, *device))
+                del self._backends[device]
                 done()
 
-        self.client.unwatch(self._watches.pop(back))
+        self._unwatch(back)
         self.client.transact(ask)
         self._watches[back] = self._watch(f"{back}/state", closed)
 
-    def _remove(self, tx: int, domid: int, kind: str, ident: int | str) -> None:
+    def _backend_tree(self, domid: int, kind: str, ident: str) -> str:
+        return f"/local/domain/{self._backends.get((domid, kind, ident), DOM0)}/backend"
+
+    def _remove(self, tx: int, domid: int, kind: str, ident: str) -> None:
         """The three directories, and parents that became empty: they would eat the domain's quota."""
+        tree = self._backend_tree(domid, kind, ident)
         for root, parent in (
             (f"/local/domain/{domid}/device", kind),
             (f"/libxl/{domid}/device", kind),
-            ("/local/domain/0/backend", f"{kind}/{domid}"),
+            (tree, f"{kind}/{domid}"),
         ):
             self.client.rm(f"{root}/{parent}/{ident}", tx)
             path = f"{root}/{parent}"
             while path != root and not self.client.directory(path, tx):
                 self.client.rm(path, tx)
                 path = path.rpartition("/")[0]
-        if not self.client.directory("/local/domain/0/backend", tx):
-            self.client.rm("/local/domain/0/backend", tx)
+        if not self.client.directory(tree, tx):
+            self.client.rm(tree, tx)
 
     def destroy(self, domid: int) -> None:
-        """Remove a domain and what is left of it in the store; its devices have been closed."""
-        for back, watch in list(self._watches.items()):
-            if back.split("/")[6] == str(domid):
-                self.client.unwatch(watch)
-                del self._watches[back]
-                self._plugs.pop(back, None)
+        """Remove a domain and what is left of it in the store; its devices have been closed.
+
+        What it served for others stays theirs, without a backend, until it is detached."""
+        devices = [device for device in self._backends if device[0] == domid]
+        for device in devices:
+            back = f"{self._backend_tree(*device)}/{device[1]}/{domid}/{device[2]}"
+            self._unwatch(back)
+            self._plugs.pop(back, None)
 
         def work(tx: int) -> None:
             for kind in KINDS:
@@ -344,7 +339,14 @@ class Toolstack:
                 self.client.rm(path, tx)
 
         self.client.transact(work, attempts=1)
+        for device in devices:
+            del self._backends[device]
         self.hypervisor.destroy_domain(domid)
+
+    def _unwatch(self, back: str) -> None:
+        watch = self._watches.pop(back, None)
+        if watch is not None:
+            self.client.unwatch(watch)
 
     def _watch(self, path: str, changed: Callable[[str], None]) -> str:
         """A watch whose callback ends nothing but itself: what lies in the node, and beside it, anybody may have written."""

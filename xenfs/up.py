@@ -101,6 +101,7 @@ async def _serve(world: World, mounted: Mount) -> HostError | None:
     """Until a signal, or until somebody unmounts us; what went wrong at the end, if anything."""
     failure: HostError | None = None
     session = Session(world.root, sender(mounted.fd), os.geteuid(), os.getegid())
+    session.on_passthrough = lambda: world.devices.mounted(mounted.fd, mounted.device)
     server = Server(mounted.fd, session, world.kick)
     stop = trio.Event()
     with trio.open_signal_receiver(*SIGNALS) as signals:
@@ -112,6 +113,8 @@ async def _serve(world: World, mounted: Mount) -> HostError | None:
             nursery.start_soon(world.vifs.frames.run)
             nursery.start_soon(world.store.socket.run)
             nursery.start_soon(world.store.run_timers)
+            nursery.start_soon(world.devices.run)
+            nursery.start_soon(world.devices.sweep)
             nursery.start_soon(_obey, signals, world, stop)
             say("ready")
             await stop.wait()

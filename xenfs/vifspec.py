@@ -23,6 +23,7 @@ import re
 from dataclasses import dataclass, replace
 
 from netdev.link import DEFAULT_MTU, LEAST_MTU, MOST_MTU, MOST_QUEUES, check_name
+from xenfs.xlcfg import domain
 
 MAX_SPEC_CHARS = 8192
 MAX_ADDRESSES = 32
@@ -60,7 +61,8 @@ class VifError(ValueError):
 @dataclass(frozen=True)
 class VifSpec:
     """One interface. `mac` is in lower case, "" and a `devid` of None until resolved(). `ip` are the guest's addresses with
-    prefix; `rate` is (bytes, microseconds) of what the guest may send, or None."""
+    prefix; `rate` is (bytes, microseconds) of what the guest may send, or None; `backend` is "0", or the domid or name of
+    the guest that serves the interface, on its `bridge`."""
 
     mac: str = ""
     bridge: str = "xenbr0"
@@ -143,15 +145,13 @@ def _stranger(key: str, equals: str) -> str:
 
 
 def _refuse_unserved(given: dict[str, str]) -> None:
-    kind, script, backend = given.get("type", "vif"), given.get("script", SCRIPT), given.get("backend", "0")
+    kind, script = given.get("type", "vif"), given.get("script", SCRIPT)
     if kind == "ioemu":
         raise VifError("type ioemu: no hardware is emulated, nor for any PV guest of Xen; write type=vif or leave it out")
     if kind != "vif":
         raise VifError(f"type {_shown(kind)} is not one of vif, ioemu")
     if script.rpartition("/")[2] != "vif-bridge":
         raise VifError(f"script {_shown(script)} is not supported: only what vif-bridge does is done; leave it out")
-    if backend not in ("0", "Domain-0"):
-        raise VifError(f"backend {_shown(backend)}: only domain 0 can serve interfaces yet; leave it out")
 
 
 # ---- what the values mean ----
@@ -175,6 +175,7 @@ def _meaning(given: dict[str, str]) -> VifSpec:
         trusted=_FLAGS[given.get("trusted", "trusted")],
         queues=_number(given, "queues", 1, MOST_QUEUES) or 1,
         script=_script(given.get("script", SCRIPT)),
+        backend=domain(given.get("backend", "")),
         model=_printable("model", given["model"]) if given.get("model") else None,
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
 MAX_LIST_DEPTH = 8
+MAX_DOMID_DIGITS = 10  # of a uint32_t
 
 
 class ConfigError(ValueError):
@@ -173,3 +174,17 @@ class Parser:
 
 def shown(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "...")
+
+
+def domain(text: str) -> str:
+    """What a value names that is a domain's name or number, as libxl__resolve_domid() reads it: digits alone are a domid,
+    nothing at all is domain 0. The domid without leading zeros, or the name; whether there is one is not asked here."""
+    if text in ("", "Domain-0"):
+        return "0"
+    number = domid(text)
+    return text if number is None else str(number)
+
+
+def domid(text: str) -> int | None:
+    """The number in what domain() returned; None if it is a name."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DOMID_DIGITS else None

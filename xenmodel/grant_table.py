@@ -83,6 +83,7 @@ class GrantTable:
         self._frames: list[memoryview] = []  # each frame as 1024 u32 words: flags | domid << 16, pfn
         self._granted: set[int] = set()
         self._free: list[int] = []  # LIFO, so that the references in use stay few and low
+        self._ending: dict[int, Callable[[], None]] = {}  # to be revoked as soon as no peer has them mapped
 
     # --- the guest's half ------------------------------------------------------------------------------------------
 
@@ -114,6 +115,14 @@ class GrantTable:
         if ref >= RESERVED_REFS:
             self._free.append(ref)
         return True
+
+    def end_access_later(self, ref: Gref, then: Callable[[], None]) -> None:
+        """Revoke, now or as soon as no peer has it mapped (Linux's deferred list); `then` is called when the frame is free
+        for other use."""
+        if self.end_access(ref):
+            then()
+        else:
+            self._ending[ref] = then
 
     def _grow(self) -> None:
         if len(self._frames) >= self.max_frames:
@@ -241,6 +250,8 @@ class GrantTable:
             if not active.readers:
                 words[i] &= ~GTF_reading & 0xFFFFFFFF
                 del self.active[ref]
+                if self._ending and ref in self._ending:
+                    self.end_access_later(Gref(ref), self._ending.pop(ref))
 
 
 class Mapping:

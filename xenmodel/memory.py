@@ -4,7 +4,10 @@ Called by the domain's own drivers (allocate, release), by the grant table (whic
 backends, which read and write the frames they were granted. The memfd is the only descriptor in xenmodel: it makes guest
 memory real shared memory that another process can map. It is sparse: a frame nobody touched costs nothing.
 
-Invariant: a frame is either free or allocated, never both; a frame that is given out reads as zeroes.
+A frame can live in another file for a while (`move`, `bring_home`), so that a process of the host may map just that frame.
+Its address here stays the same, so every view of it goes on showing the truth.
+
+Invariant: a frame is either free or allocated, never both; a frame that is given out reads as zeroes; a free one is at home.
 Left out: machine frame numbers, populate-on-demand, paging. A guest's pfn is its offset in the memfd.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -36,7 +40,10 @@ class GuestMemory:
         os.ftruncate(self.fd, pages * PAGE_SIZE)
         self._map = mmap.mmap(self.fd, pages * PAGE_SIZE, mmap.MAP_SHARED)
         self.view = memoryview(self._map)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._free: list[tuple[int, int]] = [(0, pages)]  # (first, count), ascending, never adjacent
+        self._away: dict[int, tuple[int, int]] = {}  # frames that live elsewhere: descriptor, offset
+        self._windows: dict[int, list[tuple[weakref.ref[mmap.mmap], int]]] = {}  # frame -> where vmap() shows it, too
 
     def run(self, pfn: Pfn, count: int = 1) -> memoryview:
         """`count` frames from `pfn` on, writable. IndexError outside the domain's memory."""
@@ -61,6 +68,7 @@ class GuestMemory:
         """Give frames back; the host gets the memory, and the next owner reads zeroes."""
         assert count > 0, f"{count} frames are no run"
         assert 0 <= pfn <= self.pages - count, f"frames {pfn}..{pfn + count} are outside 0..{self.pages}"
+        assert not self._away or self._away.keys().isdisjoint(range(pfn, pfn + count)), f"frames {pfn}+{count} are away"
         first, end = int(pfn), pfn + count
         at = next((i for i, (start, _) in enumerate(self._free) if start >= first), len(self._free))
         if at < len(self._free):
@@ -79,6 +87,70 @@ class GuestMemory:
         MADV_POPULATE_WRITE = 23  # Linux 5.14
         with suppress(OSError):
             self._map.madvise(MADV_POPULATE_WRITE, pfn * PAGE_SIZE, count * PAGE_SIZE)
+
+    # --- frames that live elsewhere --------------------------------------------------------------------------------
+
+    def address(self, pfn: int) -> int:
+        """Where frame `pfn` is in our address space, for as long as the domain lives or somebody has a view of it."""
+        return self._address + pfn * PAGE_SIZE
+
+    def is_away(self, pfn: int) -> bool:
+        return pfn in self._away
+
+    def move(self, pfn: int, count: int, fd: int, offset: int) -> None:
+        """From now on these frames are the pages at `offset` of `fd`, with their content. Nothing may be writing to them
+        but through an address here: a read(2) under way would go to the old page. OutOfMemory, and nothing changed, if
+        the host cannot map it."""
+        self._move(pfn, count, fd, offset)
+        self._away.update((pfn + i, (fd, offset + i * PAGE_SIZE)) for i in range(count))
+        self._follow(pfn, count)
+
+    def bring_home(self, pfn: int, count: int) -> None:
+        """Undo move(). What is left at the other place is its owner's business."""
+        if self.fd >= 0:
+            self._move(pfn, count, self.fd, pfn * PAGE_SIZE)
+        else:  # the domain is gone, but somebody may have a view of the frame
+            self._move(pfn, count, -1, 0)
+        for i in range(count):
+            del self._away[pfn + i]
+        self._follow(pfn, count)
+
+    def _move(self, pfn: int, count: int, fd: int, offset: int) -> None:
+        """Copy, and take the place of the old mapping in one step."""
+        size, address = count * PAGE_SIZE, self.address(pfn)
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | (mmap.MAP_ANONYMOUS if fd < 0 else 0)
+        MREMAP_MAYMOVE_FIXED = 3
+        new = _libc.mmap(None, size, protection, flags, fd, offset)
+        if new == _MAP_FAILED:
+            raise OutOfMemory(f"a guest frame cannot be mapped: {os.strerror(ctypes.get_errno())}")
+        ctypes.memmove(new, address, size)
+        if _libc.mremap(new, size, size, MREMAP_MAYMOVE_FIXED, ctypes.c_void_p(address)) != address:
+            reason = os.strerror(ctypes.get_errno())
+            _libc.munmap(new, size)
+            raise OutOfMemory(f"a guest frame cannot be mapped: {reason}")
+
+    def _follow(self, pfn: int, count: int) -> None:
+        """Windows of vmap() show these frames where they are now."""
+        for frame in range(pfn, pfn + count) if self._windows else ():
+            live = [(window, at) for window, at in self._windows.pop(frame, ()) if window() is not None]
+            if live:
+                self._windows[frame] = live
+            for _, at in live:
+                self._show(frame, at)
+
+    def _show(self, pfn: int, at: int) -> None:
+        """Map one frame at an address of ours. MAP_FIXED: it replaces a page of our own window."""
+        fd, offset = self._away.get(pfn, (self.fd, pfn * PAGE_SIZE))
+        MAP_FIXED, MAP_POPULATE = 0x10, 0x8000
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED | MAP_POPULATE
+        if _libc.mmap(at, PAGE_SIZE, protection, flags, fd, offset) != at:
+            raise OutOfMemory(f"a guest frame cannot be mapped: {os.strerror(ctypes.get_errno())}")
+
+    def show(self, pfn: int, window: mmap.mmap, at: int) -> None:
+        """Map one frame at an address inside `window`, too, for as long as that lives."""
+        self.run(Pfn(pfn))
+        self._show(pfn, at)
+        self._windows.setdefault(pfn, []).append((weakref.ref(window), at))
 
     @property
     def free_pages(self) -> int:
@@ -104,8 +176,11 @@ class Frame(NamedTuple):
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def vmap(frames: Sequence[Frame]) -> memoryview:
@@ -119,13 +194,6 @@ def vmap(frames: Sequence[Frame]) -> memoryview:
         return first.memory.run(Pfn(first.pfn), len(frames))
     window = mmap.mmap(-1, len(frames) * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     base = ctypes.addressof(ctypes.c_char.from_buffer(window))
-    # MAP_FIXED replaces pages inside our own window, so it can hit nobody else's mapping
-    MAP_FIXED, MAP_POPULATE = 0x10, 0x8000
     for i, frame in enumerate(frames):
-        frame.memory.run(Pfn(frame.pfn))
-        address = base + i * PAGE_SIZE
-        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED | MAP_POPULATE
-        got = _libc.mmap(address, PAGE_SIZE, protection, flags, frame.memory.fd, frame.pfn * PAGE_SIZE)
-        if got != address:
-            raise OutOfMemory(f"a guest frame cannot be mapped: {os.strerror(ctypes.get_errno())}")
+        frame.memory.show(frame.pfn, window, base + i * PAGE_SIZE)
     return memoryview(window)

@@ -6,15 +6,20 @@ share: a view of the ring's pages, whose first 16 bytes are the indices. Names a
 Invariant, modulo 2**32:  rsp_cons <= rsp_prod <= req_cons <= req_prod  and  req_prod - rsp_cons <= size.
 The other end may write anything into the shared indices at any time: each is read once and checked before use
 (RING_REQUEST_PROD_OVERFLOW, RING_RESPONSE_PROD_OVERFLOW), and what breaks the invariant is a PeerFault.
+The other end may be a process of its own: between publishing an index and looking whether it wants to be told (and the
+other way round) stands a fence, or both could miss what the other just wrote (xen_mb() in ring.h; x86, too, needs it there).
 Waiting is not here: a caller that finds the ring full comes back when it is told.
 """
 
 from __future__ import annotations
 
+import _thread
+
 from xenmodel.public.io.ring import REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD, SRING_HEADER_SIZE, ring_entries
 from xenmodel.types import PeerFault
 
 U32 = 0xFFFFFFFF
+_fence = _thread.allocate_lock()  # taking a lock that is free is a full fence
 
 
 class _Ring:
@@ -89,6 +94,8 @@ class FrontRing(_Ring):
         """Publish what was written; True when the backend asked to be told (hold-off: its event index was passed)."""
         words, new = self.words, self.req_prod_pvt
         old, words[REQ_PROD] = words[REQ_PROD], new
+        with _fence:
+            pass
         return ((new - words[REQ_EVENT]) & U32) < ((new - old) & U32)
 
     def responses(self) -> int:
@@ -121,6 +128,8 @@ class FrontRing(_Ring):
     def ask_for_responses(self, count: int) -> int:
         """Ask to be told when `count` responses wait; then look once more."""
         self.words[RSP_EVENT] = (self.rsp_cons + count) & U32
+        with _fence:
+            pass
         return self.responses()
 
 
@@ -170,6 +179,8 @@ class BackRing(_Ring):
         """Publish responses; True when the frontend asked to be told."""
         words, new = self.words, self.rsp_prod_pvt
         old, words[RSP_PROD] = words[RSP_PROD], new
+        with _fence:
+            pass
         return ((new - words[RSP_EVENT]) & U32) < ((new - old) & U32)
 
     def final_check_for_requests(self) -> int:
@@ -181,6 +192,8 @@ class BackRing(_Ring):
     def ask_for_requests(self, count: int) -> int:
         """Ask to be told when `count` requests wait, for less is of no use; then look once more."""
         self.words[REQ_EVENT] = (self.req_cons + count) & U32
+        with _fence:
+            pass
         return self.requests()
 
 

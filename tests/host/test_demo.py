@@ -23,7 +23,7 @@ pytestmark = pytest.mark.host
 
 DEMO = [sys.executable, "-m", "xenfs", "demo"]
 REPOSITORY = Path(__file__).resolve().parents[2]
-TITLES = 16
+TITLES = 18
 GUESTS = ("guest1", "guest2")
 KEPT = ["disk.img", "fetched", "fs", "guest1.cfg", "guest2.cfg", "http.log", "mnt", "xenfs.log"]
 KILL_SERVER = """
@@ -115,6 +115,11 @@ def test_every_step(scratch):
     crossed = re.search(r"^   backend/vif/2/0 +back rx .* bytes=(\d+) dropped=0$", said, re.MULTILINE)
     assert crossed is not None
     assert int(crossed[1]) > 16 << 20  # the file, to the second guest
+    for device, least in (("vbd/1/51712", 20), ("vif/1/0", 100), ("vif/2/0", 100)):  # domain 0's ports: before, and after
+        rows = [line.split() for line in said.splitlines() if line.endswith(f" kernel: {device}")]
+        counts = [int(row[5]) + int(row[6]) for row in rows]
+        half = len(counts) // 2
+        assert sum(counts[half:]) - sum(counts[:half]) > least, rows
     assert left_behind(scratch) == []
 
 

@@ -53,17 +53,16 @@ def init(session: Session, unique: int, ino: int, body: bytes) -> None:
         raise OSError(errno.EPROTO, "FUSE older than 7")
     if flags & k.FUSE_INIT_EXT and len(body) >= k.INIT_IN.size:
         flags |= k.INIT_IN.unpack_from(body)[4] << 32
-    flags &= WANTED
-    passthrough = bool(flags & k.FUSE_PASSTHROUGH) and session.offer_passthrough()
-    if not passthrough:
-        flags &= ~k.FUSE_PASSTHROUGH
-    low, high = k.split_init_flags(flags)
+    passthrough = bool(flags & k.FUSE_PASSTHROUGH)
+    low, high = k.split_init_flags(flags & WANTED)
     reply = k.INIT_OUT.pack(
         7, min(minor, k.FUSE_KERNEL_MINOR_VERSION), readahead, low,
         128, 96,  # max_background, congestion_threshold: asynchronous direct I/O counts as background
         MAX_WRITE, 1, MAX_WRITE // 4096, 0, high, int(passthrough), 0,  # max_stack_depth: nothing stacked is behind it
     )  # fmt: skip
     session.send_data(unique, [reply])
+    if passthrough:
+        session.on_passthrough()  # the kernel takes backing files once it has the reply
 
 
 def destroy(session: Session, unique: int, ino: int, body: bytes) -> None:
@@ -249,8 +248,8 @@ def ioctl(session: Session, unique: int, ino: int, body: bytes) -> None:
         raise OSError(errno.ENOTTY, "no ioctls of directories")
     if len(data) != in_size:
         raise OSError(errno.EINVAL, "an ioctl of another length than it says")
-    pid = k.IN_HEADER.unpack_from(session.header)[6]
-    session.handles[fh].ioctl(Ioctl(session, unique, pid, command, arg, data, out_size))
+    _, _, _, _, uid, _, pid, _, _ = k.IN_HEADER.unpack_from(session.header)
+    session.handles[fh].ioctl(Ioctl(session, unique, pid, uid, command, arg, data, out_size))
 
 
 # --- open directories ------------------------------------------------------------------------------------------------------

@@ -61,8 +61,7 @@ class Session:
         self._scratch = (scratch[:SMALL_LANDING], scratch[SMALL_LANDING:])
         self.landing = self._scratch
         self.writer: Node | None = None  # the node that was written last
-        # Asked when the kernel offers FUSE_PASSTHROUGH, which some files want for mmap(2); answered: whether to have it.
-        self.offer_passthrough: Callable[[], bool] = lambda: False
+        self.on_passthrough: Callable[[], None] = lambda: None  # from now on files can have a backing id
         self.batch_written = 0  # bytes, since serve.py began the batch
 
     # --- in ----------------------------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ class Session:
         size = node.size
         blksize = 4096
         times = (0, 0, 0, 0, 0, 0)
-        owner = (self.uid, self.gid)
+        owner = (self.uid, self.gid if node.gid is None else node.gid)
         return (node.ino, size, -(-size // 512), *times, node.get_mode(), node.nlink, *owner, 0, blksize, 0)
 
     def entry(self, node: Node) -> bytes:

@@ -39,11 +39,13 @@ class Ioctl(NamedTuple):
 
     `data` is what the kernel read at `arg` because the number says so (_IOC_WRITE), and at most `out_size` bytes go back
     there (_IOC_READ). `pid` is the caller's thread, 0 if it is in no pid namespace of ours; it exists until the answer.
+    `uid` is its user.
     """
 
     session: Session
     unique: int
     pid: int
+    uid: int
     command: int
     arg: int
     data: bytes
@@ -67,6 +69,7 @@ class Node:
     """One file, directory or link. `mode` has the type; `size` is asked for at every GETATTR."""
 
     mode = stat.S_IFREG | 0o400
+    gid: int | None = None  # None: that of the mount
     nlink = 1
     attr_timeout_s = 0
     links = 0  # how many LOOKUPs the kernel remembers; kept by the session

@@ -1,4 +1,4 @@
-"""text.py: small computed files: name, state, and inspect/, one line per thing."""
+"""text.py: small computed files: name, state, and what inspect/ says of rings and disks, one line per thing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterable
 from blockdev.blkback import Blkback
 from blockdev.blkfront import Blkfront
 from xenfs.fuse.tree import Bytes
-from xenmodel.domain import Domain
-from xenmodel.event_channel import State
-from xenmodel.public.grant_table import GTF_reading, GTF_readonly, GTF_writing
 from xenmodel.public.io.ring import REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD
 
 
@@ -28,40 +25,6 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     cells = [[str(cell) for cell in row] for row in (tuple(header), *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() + "\n" for row in cells)
-
-
-def evtchn(domain: Domain) -> str:
-    """As lsevtchn sees it, with what it cannot know: masked, pending and counts."""
-    rows = []
-    for port, channel in sorted(domain.events.channels.items()):
-        remote = ""
-        if channel.state is State.INTERDOMAIN:
-            remote = f"{channel.remote_domid}:{channel.remote_port}"
-        elif channel.state is State.UNBOUND:
-            remote = f"{channel.remote_domid}:-"
-        elif channel.state is State.VIRQ:
-            remote = f"virq {channel.virq}"
-        pending, masked = domain.events.is_pending(port), domain.events.is_masked(port)
-        state = channel.state.name.lower()
-        rows.append((port, state, remote, int(pending), int(masked), channel.sent, channel.notified))
-    return table(("port", "state", "remote", "pending", "masked", "sent", "notified"), rows)
-
-
-def grants(domain: Domain) -> str:
-    """The grant table's used entries, then what this domain has mapped from others."""
-    table_, rows = domain.grants, []
-    for entry in table_.entries():
-        names = ("r" if entry.flags & GTF_readonly else "rw") + (" reading" if entry.flags & GTF_reading else "")
-        names += " writing" if entry.flags & GTF_writing else ""
-        rows.append((entry.ref, entry.domid, f"{entry.pfn:#x}", f"{entry.flags:#x}", entry.pins, names))
-    used = f"{len(rows)} of {table_.max_frames * 512} references, {table_.frames} of {table_.max_frames} frames\n"
-    mapped = [
-        (m.handle, m.ref, f"{m.frame.pfn:#x}", "r" if m.readonly else "rw") for m in domain.maptrack.mappings.values()
-    ]
-    text = used + table(("ref", "domid", "pfn", "flags", "pins", "access"), rows)
-    if mapped:
-        text += f"\n{len(mapped)} mapped from other domains\n" + table(("handle", "ref", "pfn", "access"), mapped)
-    return text
 
 
 Row = tuple[object, ...]

@@ -2,9 +2,9 @@
 
 Used by xenmodel/grant_table.py, which keeps version 1 entries as real bytes in the owner's memory.
 Invariants: an entry becomes valid by its flags, so they are written last; Xen alone sets reading and writing.
-Left out: the argument structures of GNTTABOP_* (the model's operations are functions), GNTTABOP_cache_flush's
-flags (ARM), and guest_avail bits of a mapping (page tables). Version 2 entries are laid out here although the
-model serves version 1, so that tools can decode both.
+Left out: the argument structures of most GNTTABOP_* (the model's operations are functions; sysdev/hypercall.py
+serves two of them to programs), GNTTABOP_cache_flush's flags (ARM), and guest_avail bits of a mapping (page
+tables). Version 2 entries are laid out here although the model serves version 1, so that tools can decode both.
 """
 
 from __future__ import annotations
@@ -100,6 +100,9 @@ GRANT_ENTRY_V2_FULL_PAGE = Struct("<HH4xQ")  # flags, domid, frame
 GRANT_ENTRY_V2_SUB_PAGE = Struct("<HHHHQ")  # flags, domid, page_off, length, frame
 GRANT_ENTRY_V2_TRANSITIVE = Struct("<HHH2xI4x")  # flags, domid, trans_domid, gref
 
+QUERY_SIZE = Struct("<H2xIIh2x")  # dom, nr_frames, max_nr_frames, status
+GET_VERSION = Struct("<HHI")  # dom, pad, version
+
 STRUCTS = (
     CStruct("grant_entry_v1_t", 8, {"flags": 0, "domid": 2, "frame": 4}, GRANT_ENTRY_V1),
     CStruct("grant_entry_header_t", 4, {"flags": 0, "domid": 2}),
@@ -132,4 +135,6 @@ STRUCTS = (
         },
         GRANT_ENTRY_V2_TRANSITIVE,
     ),
+    CStruct("gnttab_query_size_t", 16, {"dom": 0, "nr_frames": 4, "max_nr_frames": 8, "status": 12}, QUERY_SIZE),
+    CStruct("gnttab_get_version_t", 8, {"dom": 0, "pad": 2, "version": 4}, GET_VERSION),
 )

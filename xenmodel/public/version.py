@@ -1,6 +1,7 @@
 """version.h, and features.h which it includes: what a guest can ask the hypervisor about itself.
 
-Used by the files under sys/hypervisor. Bit numbers XENFEAT_* index the words of XENVER_get_features.
+Used by sysdev/hypercall.py and by the files under sys/hypervisor. Bit numbers XENFEAT_* index the words of
+XENVER_get_features.
 Left out: the variable-length queries (XENVER_extraversion2 and on): what we report fits the fixed ones.
 """
 
@@ -53,6 +54,11 @@ XENFEAT_NR_SUBMAPS = 1
 
 COMPILE_INFO = Struct("<64s16s32s32s")  # compiler, compile_by, compile_domain, compile_date
 FEATURE_INFO = Struct("<II")  # submap_idx, submap
+PLATFORM_PARAMETERS = Struct("<Q")  # virt_start
+BUILD_ID_LEN = Struct("<I")  # the head of xen_build_id_t; the id follows
+
+DOMAIN_HANDLE = CStruct("xen_domain_handle_t", 16, {})  # bytes: a UUID
+COMMANDLINE = CStruct("xen_commandline_t", 1024, {})
 
 STRUCTS = (
     CStruct(
@@ -62,6 +68,10 @@ STRUCTS = (
         COMPILE_INFO,
     ),
     CStruct("xen_feature_info_t", 8, {"submap_idx": 0, "submap": 4}, FEATURE_INFO),
+    CStruct("xen_platform_parameters_t", 8, {"virt_start": 0}, PLATFORM_PARAMETERS),
+    CStruct("xen_build_id_t", 4, {"len": 0}, BUILD_ID_LEN),
+    DOMAIN_HANDLE,
+    COMMANDLINE,
 )
 
 # Newer than the headers of Xen 4.17; compared as soon as the installed header has them.

@@ -1,16 +1,34 @@
 """xen.h: domain ids, virtual interrupts, and the shared_info page (x86_64: arch-x86/xen.h, xen-x86_64.h).
 
-Used by hypervisor.py and event_channel.py (pending and mask bits) and by whoever names a special domain.
+Used by hypervisor.py and event_channel.py (pending and mask bits), by whoever names a special domain, and by
+sysdev/hypercall.py (the hypercalls of programs).
 Invariant: every domain's shared_info is real bytes in its own memory, at these offsets.
-Left out: hypercall numbers (domains here call Python functions), page tables and start_info (nothing boots),
-and writing the clock fields, which nobody in the model reads.
+Left out: the numbers of hypercalls that we do not know (the domains' kernels here call Python functions), page tables and
+start_info (nothing boots), and writing the clock fields, which nobody in the model reads.
 """
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Mapping
+from struct import Struct
+from types import MappingProxyType
+
 from xenmodel.public.layout import CStruct
 
 CONSTANTS_FROM = "xen/xen.h"
+C_NAMES: Mapping[str, str] = MappingProxyType({"Hypercall": "__HYPERVISOR_"})
+
+
+class Hypercall(enum.IntEnum):
+    """__HYPERVISOR_*: a class, because in one of Python's classes a name with two underscores would become another."""
+
+    memory_op = 12
+    multicall = 13
+    xen_version = 17
+    grant_table_op = 20
+    event_channel_op = 32
+
 
 DOMID_FIRST_RESERVED = 0x7FF0
 DOMID_SELF = 0x7FF0
@@ -91,7 +109,10 @@ SHARED_INFO = CStruct(
     },
 )
 
-STRUCTS = (VCPU_INFO, VCPU_TIME_INFO, SHARED_INFO)
+MULTICALL_ENTRY = Struct("<QQ6Q")  # op, result, args
+MULTICALL = CStruct("struct multicall_entry", 64, {"op": 0, "result": 8, "args": 16}, MULTICALL_ENTRY)
+
+STRUCTS = (VCPU_INFO, VCPU_TIME_INFO, SHARED_INFO, MULTICALL)
 
 # Newer than the headers of Xen 4.17; compared as soon as the installed header has it.
 NOT_IN_HEADER = frozenset({"DOMID_ANY"})

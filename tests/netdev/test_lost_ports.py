@@ -1,0 +1,58 @@
+"""Goal: a program that closes the ports of its domain's network drivers by hypercall stops their traffic, nothing else: no
+driver crashes, and the vif can be unplugged, or its guest destroyed, without a trace.
+Method: real drivers and real hypercalls; frames before and after, with the other end still sending into its port.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.netdev.scripted import FRAME
+from tests.netdev.world import NetWorld
+from tests.sysdev.hypercaller import Caller
+from xenmodel.public import event_channel as ec
+from xenmodel.public.xen import DOMID_SELF
+
+
+@pytest.fixture
+def world() -> Iterator[NetWorld]:
+    world = NetWorld()
+    yield world
+    assert world.problems() == []
+    world.close()
+
+
+@pytest.mark.parametrize("end", ["detach", "destroy"])
+@pytest.mark.parametrize("how", ["close", "reset", "garble"])
+@pytest.mark.parametrize("who", ["guest", "dom0"])
+@pytest.mark.parametrize("queues", [1, 3])
+def test_lost_ports(world: NetWorld, who: str, how: str, queues: int, end: str):
+    """Goal and method as above; garble: others get the numbers, and drivers then close ports that are not theirs."""
+    vif = world.attach(queues=queues)
+    assert vif.works()
+    domain = world.guest if who == "guest" else world.dom0
+    caller, ports = Caller(domain), sorted(domain.events.channels)
+    assert len(ports) > queues
+    if how == "reset":
+        assert caller.event(ec.EVTCHNOP_reset, ec.RESET, DOMID_SELF) == 0
+    else:
+        assert [caller.event(ec.EVTCHNOP_close, ec.PORT, port) for port in ports] == [0] * len(ports)
+    if how == "garble":
+        for port in ports:
+            assert caller.event(ec.EVTCHNOP_bind_ipi, ec.BIND_IPI, 0, 0) == 0
+            assert caller.event(ec.EVTCHNOP_send, ec.PORT, port) == 0
+            assert caller.event(ec.EVTCHNOP_unmask, ec.PORT, port) == 0
+    for _ in range(300):  # more than a ring takes
+        vif.kernel.send(FRAME)
+        vif.bridge.send(FRAME)
+        world.run()
+    assert vif.states() == ("4", "4"), "to the handshake nothing has happened"
+    assert not vif.works()
+    if end == "detach":
+        world.detach(vif)
+    else:
+        world.destroy_guest()
+    world.settle()
+    assert not world.client.exists(vif.back_node), "the backend let go"

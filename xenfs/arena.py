@@ -1,0 +1,299 @@
+"""arena.py (edge): the one file that processes of the host map, and where the frames they were granted live meanwhile.
+
+What mmap(2) of gntdev and gntalloc maps is, through FUSE_PASSTHROUGH, this memfd; index in an ioctl's structure is an offset
+in it. Showing a frame of a domain means to make a page here the frame (GuestMemory.move), so that the process, the domain's
+own drivers and every other process that may see it look at the same memory.
+
+A page belongs to one file, and a descriptor maps one file: so processes can only share a frame if they map the same file.
+All therefore map this one, and are kept apart by where things are: it is 2**62 bytes long, nearly all of it holes, and each
+run of frames is at a random place in it. Who does not know a place finds a hole there, and a page of nothing. A run holds
+only frames that one domain may map, for who knows one page knows its neighbours. docs/adr/0018 says what was weighed.
+
+Invariants: a frame is away from home exactly while it has a slot; a slot has users, or waits in `_leaving` to go home.
+Left out: write protection of read-only grants: all pages of one file are writable to who opened it for writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+from bisect import bisect
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from struct import Struct
+
+from xenmodel.memory import Frame, OutOfMemory
+from xenmodel.types import PAGE_SIZE
+
+log = logging.getLogger("xenfs.arena")
+
+SIZE = 1 << 62
+MAPS_OF_OURS = 8192  # mappings this process may need for everything else
+_FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501  # <linux/fuse.h>
+_BACKING_MAP = Struct("<iIQ")  # fd flags padding
+_FS_IOC_SETFLAGS, _FS_IMMUTABLE_FL = 0x40086602, 0x10  # <linux/fs.h>
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+Fills = Callable[[Sequence[range]], bool]
+
+
+class Run:
+    """A stretch of the file, in pages, for one domain. `left` of them have a frame, or may still get one."""
+
+    __slots__ = ("domid", "end", "first", "left", "pieces")
+
+    def __init__(self, first: int, count: int, domid: int) -> None:
+        self.first, self.end, self.left = first, first + count, count
+        self.domid = domid
+        self.pieces = 0  # mappings of ours that it takes
+
+    @property
+    def offset(self) -> int:
+        return self.first * PAGE_SIZE
+
+
+class Slot:
+    """Where a frame is."""
+
+    __slots__ = ("page", "run", "then", "users")
+
+    def __init__(self, run: Run, page: int) -> None:
+        self.run = run
+        self.page = page
+        self.users = 1
+        self.then: list[Callable[[], object]] = []  # when it is at home
+
+
+class Arena:
+    """`fills(ranges)`: is somebody else, a disk worker, writing to memory of ours at these addresses just now?"""
+
+    def __init__(self, fills: Fills = lambda ranges: False) -> None:
+        self.fills = fills
+        self.backing_id = 0  # 0: nobody can map it
+        self.device = 0  # st_dev of the mount through which processes map it
+        self.fd = os.memfd_create("xenfs-arena", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, SIZE)
+        os.fchmod(self.fd, 0o600)  # mincore(2) tells others nothing
+        self._slots: dict[Frame, Slot] = {}
+        self._runs: list[Run] = []  # ascending
+        self._pieces: Counter[int] = Counter()  # by the domain they are shown to
+        with open("/proc/sys/vm/max_map_count") as file:
+            self._most_pieces = max(int(file.read()) - MAPS_OF_OURS, 0) // 2  # each can cut another mapping in two
+        self._leaving: list[Frame] = []
+        self._flagged = True
+        self._protect(True)
+
+    def register(self, fuse_fd: int) -> bool:
+        """Make it a backing file of that mount. False if we may not: Linux wants CAP_SYS_ADMIN."""
+        try:
+            self.backing_id = fcntl.ioctl(fuse_fd, _FUSE_DEV_IOC_BACKING_OPEN, bytearray(_BACKING_MAP.pack(self.fd, 0, 0)))
+        except OSError as error:
+            log.warning("dev/xen/gntdev and gntalloc cannot map memory: FUSE passthrough is refused: %s", error.strerror)
+        return bool(self.backing_id)
+
+    # --- showing -----------------------------------------------------------------------------------------------------
+
+    def reserve(self, count: int, domid: int) -> Run:
+        """A run of `count` pages, where nobody can guess it; it may be shown to processes of domain `domid`."""
+        while True:
+            first = int.from_bytes(os.urandom(8), "little") % (SIZE // PAGE_SIZE - count)
+            at = self._after(first)
+            clear_below = not at or self._runs[at - 1].end < first
+            if clear_below and (at == len(self._runs) or first + count < self._runs[at].first):
+                run = Run(first, count, domid)
+                self._runs.insert(at, run)
+                return run
+
+    def give_up(self, run: Run, count: int) -> None:
+        """So many pages of a run have, or will have, no frame."""
+        run.left -= count
+        assert run.left >= 0, f"run {run.first:#x} has {run.left} pages left"
+        if not run.left:
+            self._pieces[run.domid] -= run.pieces
+            del self._runs[self._after(run.first) - 1]
+
+    def _after(self, page: int) -> int:
+        """Which of the runs is the first that begins after `page`."""
+        return bisect(self._runs, page, key=lambda run: run.first)
+
+    def where(self, frame: Frame) -> int | None:
+        """The offset at which a frame can be seen already."""
+        slot = self._slots.get(frame)
+        return None if slot is None else slot.page * PAGE_SIZE
+
+    def join(self, frames: Sequence[Frame], offset: int, domid: int) -> None:
+        """One more user of frames that can be seen from `offset` on, side by side. OSError EBUSY, and nothing happened, if
+        they are not all there, or not to be shown to that domain's processes: a page can be in one place only."""
+        slots = [self._slots.get(frame) for frame in frames]
+        for page, slot in enumerate(slots, offset // PAGE_SIZE):
+            if slot is None or slot.page != page or slot.run.domid != domid:
+                raise _busy()
+        for slot in slots:
+            assert slot is not None, "seen above"
+            slot.users += 1
+
+    def show(self, frames: Sequence[Frame], run: Run, index: int) -> bool:
+        """Put frames there, from page `index` of `run` on. False, and nothing happens, while a disk worker writes to one.
+
+        Nor does anything if it fails: OSError EBUSY if one is somewhere here already; OutOfMemory if the host cannot map so
+        many pieces."""
+        if any(frame in self._slots for frame in frames) or len(set(frames)) < len(frames):
+            raise _busy()
+        pieces = _neighbours(frames)
+        of_all = sum(self._pieces.values()) + len(pieces)
+        if of_all > self._most_pieces or (run.domid and self._pieces[run.domid] + len(pieces) > self._most_pieces // 4):
+            raise OutOfMemory(f"{of_all} pieces of memory for processes: the host's vm.max_map_count sets a limit")
+        if self.fills([_addresses(frame, count) for frame, count in pieces]):
+            return False
+        run.pieces += len(pieces)
+        self._pieces[run.domid] += len(pieces)
+        page = run.first + index
+        for frame, count in pieces:
+            try:
+                frame.memory.move(frame.pfn, count, self.fd, page * PAGE_SIZE)
+            except OutOfMemory:
+                shown = page - run.first - index
+                run.left += shown  # for leaving takes them off
+                self.leave([(one, _nothing) for one in frames[:shown]])
+                raise
+            for i in range(count):
+                self._slots[Frame(frame.memory, frame.pfn + i)] = Slot(run, page + i)
+            page += count
+        return True
+
+    def leave(self, users: Iterable[tuple[Frame, Callable[[], object]]]) -> None:
+        """One user less of each frame. A frame that nobody looks at any more goes home, now or as soon as no disk worker
+        writes to it; then, or at once if somebody does, the function beside it is called."""
+        homeward = []
+        for frame, then in users:
+            slot = self._slots[frame]
+            slot.users -= 1
+            assert slot.users >= 0, f"frame {frame.pfn} was left too often"
+            if slot.users:
+                then()
+            else:
+                slot.then.append(then)
+                homeward.append(frame)
+        self._bring_home(homeward)
+
+    def step(self) -> None:
+        """Try again what could not go home. Called when disk workers have done something."""
+        if self._leaving:
+            leaving, self._leaving = self._leaving, []
+            for frame in leaving:
+                if (slot := self._slots.get(frame)) is not None and slot.users:
+                    _call(slot)  # it is shown again
+            self._bring_home([frame for frame in set(leaving) if frame in self._slots and not self._slots[frame].users])
+
+    def _bring_home(self, frames: list[Frame]) -> None:
+        for first, count in _neighbours(sorted(frames, key=_place)):
+            run = [Frame(first.memory, first.pfn + i) for i in range(count)]
+            if self.fills([_addresses(first, count)]):
+                self._leaving += run
+                continue
+            try:
+                first.memory.bring_home(first.pfn, count)
+            except OutOfMemory as error:
+                log.error("%s", error)  # they stay here, where they do no harm
+                continue
+            slots = [self._slots.pop(frame) for frame in run]
+            for page, number in _stretches([slot.page for slot in slots]):
+                self._punch(page * PAGE_SIZE, number * PAGE_SIZE)
+            for slot in slots:
+                self.give_up(slot.run, 1)
+                _call(slot)
+
+    def sweep(self) -> None:
+        """Give back pages that processes made by touching holes. Called when a process has closed its descriptor."""
+        if os.fstat(self.fd).st_blocks * 512 <= len(self._slots) * PAGE_SIZE:
+            return
+        at = 0
+        while at < SIZE:
+            try:
+                start = os.lseek(self.fd, at, os.SEEK_DATA)
+            except OSError:  # ENXIO: no more
+                return
+            at = os.lseek(self.fd, start, os.SEEK_HOLE)
+            self._punch_around(start // PAGE_SIZE, at // PAGE_SIZE)
+
+    def _punch_around(self, first: int, end: int) -> None:
+        """Punch the pages from `first` to before `end`, but those of runs."""
+        at = max(0, self._after(first) - 1)
+        while first < end:
+            while at < len(self._runs) and self._runs[at].end <= first:
+                at += 1
+            start, stop = (self._runs[at].first, self._runs[at].end) if at < len(self._runs) else (end, end)
+            if first < start:
+                self._punch(first * PAGE_SIZE, (min(start, end) - first) * PAGE_SIZE)
+            first = max(first, min(stop, end))
+
+    def _punch(self, offset: int, length: int) -> None:
+        self._protect(False)
+        _libc.fallocate(self.fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
+        self._protect(True)
+
+    def _protect(self, on: bool) -> None:
+        """An immutable file can be mapped and written, but not punched: madvise(MADV_REMOVE) of a process over a range that
+        it knows nothing of could otherwise tear pages out of others' runs. Linux wants CAP_LINUX_IMMUTABLE."""
+        if self._flagged:
+            try:
+                fcntl.ioctl(self.fd, _FS_IOC_SETFLAGS, (_FS_IMMUTABLE_FL if on else 0).to_bytes(8, "little"))
+            except OSError as error:
+                self._flagged = False
+                log.info("the shared pages of dev/xen cannot be protected against MADV_REMOVE: %s", error.strerror)
+
+    def close(self) -> None:
+        self.backing_id = 0
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
+
+
+def _busy() -> OSError:
+    return OSError(errno.EBUSY, "a frame is mapped by a process already, in another place")
+
+
+def _neighbours(frames: Sequence[Frame]) -> list[tuple[Frame, int]]:
+    """The same frames as runs of neighbours: the first, and how many."""
+    runs: list[tuple[Frame, int]] = []
+    for frame in frames:
+        if runs and runs[-1][0].memory is frame.memory and runs[-1][0].pfn + runs[-1][1] == frame.pfn:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((frame, 1))
+    return runs
+
+
+def _stretches(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Where numbers count up: the first of each stretch, and how many."""
+    found: list[tuple[int, int]] = []
+    for page in pages:
+        if found and sum(found[-1]) == page:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((page, 1))
+    return found
+
+
+def _call(slot: Slot) -> None:
+    waiting, slot.then = slot.then, []
+    for then in waiting:
+        then()
+
+
+def _nothing() -> None:
+    """Nobody waits."""
+
+
+def _place(frame: Frame) -> tuple[int, int]:
+    return id(frame.memory), frame.pfn
+
+
+def _addresses(frame: Frame, count: int) -> range:
+    start = frame.memory.address(frame.pfn)
+    return range(start, start + count * PAGE_SIZE)

@@ -1,0 +1,211 @@
+"""calls.py: runs the ioctls that have to reach into their caller's memory, or that take more than one turn.
+
+An ioctl here is a job (sysdev/steps.py). What of the caller's memory it asks for may be anywhere: in a file on a stuck disk,
+in a file of this very mount, in memory that another process hands out page by page (userfaultfd). Whoever touches it waits,
+perhaps for ever, so the loop does not: threads of that domain do, a few, so that a domain can only keep itself waiting.
+There is one short cut: a few bytes of a process with our own user id, which could kill us anyway.
+
+Invariants: a request is answered once; a frame that a thread fills is not moved meanwhile (`fills`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import threading
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+from sysdev.steps import Job, MapAt, Maps, Pause, Read, Step, TransferIn, TransferOut, Write
+from xenfs import caller
+from xenfs.fuse.tree import Ioctl
+
+log = logging.getLogger("xenfs.calls")
+
+THREADS_MOST = 4  # of a domain
+JOBS_MOST = 64  # of a guest, under way at a time: as many processes or threads of it can call at once
+SHORT_BYTES = 1024  # a short cut takes no more
+
+Result = int | tuple[int, bytes]  # what ioctl(2) returns, and bytes for the structure that FUSE brings back
+
+
+class Running(NamedTuple):
+    """A job, and what it answers, if anything."""
+
+    calls: DomainCalls
+    request: Ioctl | None
+    job: Job[Result]
+
+
+class Calls:
+    """All of them. `fd` becomes readable when a thread has finished something; then call step()."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.uid = os.geteuid()
+        self._next: deque[Running] = deque()  # had a turn, want another
+        self._waiting: list[Running] = []  # for anything to happen
+        self._done: list[tuple[Running, Any, OSError | None]] = []
+        self._done_lock = threading.Lock()
+        self._filling: dict[int, TransferIn] = {}  # by id() of the job
+
+    def fills(self, ranges: Sequence[range]) -> bool:
+        """May a thread be writing to memory of ours at one of these addresses?"""
+        for step in self._filling.values():
+            for _, view in step.pieces:
+                start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+                if any(start < one.stop and one.start < start + len(view) for one in ranges):
+                    return True
+        return False
+
+    def step(self) -> bool:
+        """Go on with what can go on, each for one turn; True if some want another at once."""
+        if self._done:
+            with self._done_lock:
+                os.eventfd_read(self.fd)
+                done, self._done = self._done, []
+            for running, value, error in done:
+                self._filling.pop(id(running.job), None)
+                self.advance(running, value, error)
+        for _ in range(len(self._next)):
+            self.advance(self._next.popleft())
+        waiting, self._waiting = self._waiting, []
+        for running in waiting:
+            self.advance(running)
+        return bool(self._next)
+
+    def finished(self, running: Running, value: Any, error: OSError | None) -> None:
+        """In a thread: a step is done."""
+        with self._done_lock:
+            if not self._done:
+                os.eventfd_write(self.fd, 1)
+            self._done.append((running, value, error))
+
+    def advance(self, running: Running, value: Any = None, error: OSError | None = None) -> None:
+        """Let a job go on, with the result of its last step, until it has to wait for something."""
+        calls, request, job = running
+        try:
+            while True:
+                step = job.send(value) if error is None else job.throw(error)
+                if isinstance(step, Pause):
+                    (self._next if step is Pause.TURN else self._waiting).append(running)
+                    return
+                if not self._is_short(request, step):
+                    if isinstance(step, TransferIn):
+                        self._filling[id(job)] = step
+                    calls.put(running, step)
+                    return
+                value, error = _try(_near, running, step)
+        except StopIteration as stop:
+            calls.under_way -= 1
+            if request is not None:
+                result, data = stop.value if isinstance(stop.value, tuple) else (stop.value, b"")
+                request.session.send_ioctl(request.unique, result, data[: request.out_size])
+        except OSError as failure:
+            calls.under_way -= 1
+            assert request is not None, f"a job of our own fails: {failure}"
+            request.session.send_error(request.unique, failure.errno or errno.EIO)
+
+    def _is_short(self, request: Ioctl | None, step: Step) -> bool:
+        if request is None or request.uid != self.uid:
+            return False
+        return (isinstance(step, Read) and step.length <= SHORT_BYTES) or (
+            isinstance(step, Write) and len(step.data) <= SHORT_BYTES
+        )
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class DomainCalls:
+    """Those of one domain."""
+
+    def __init__(self, calls: Calls, domid: int) -> None:
+        self.calls = calls
+        self.domid = domid
+        self.under_way = 0
+        self._threads: list[threading.Thread] = []
+        self._queue: SimpleQueue[tuple[Running, Step] | None] = SimpleQueue()
+        self._queued = 0  # steps that no thread has finished
+
+    def run(self, request: Ioctl | None, job: Job[Any]) -> None:
+        """Begin a job. Its Result answers `request`, if there is one; a job of our own never fails.
+
+        OSError EAGAIN if the domain has too many under way."""
+        if self.under_way >= JOBS_MOST and self.domid and request is not None:
+            raise OSError(errno.EAGAIN, "too many ioctls of this domain are under way")
+        self.under_way += 1
+        self.calls.advance(Running(self, request, job))
+
+    def put(self, running: Running, step: Step) -> None:
+        self._queued += 1
+        if self._queued > len(self._threads) < THREADS_MOST:
+            thread = threading.Thread(target=self._work, name=f"caller-{self.domid}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._queue.put((running, step))
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            running, step = item
+            value, error = _try(_far, running, step)
+            self._queued -= 1  # only a hint for put()
+            self.calls.finished(running, value, error)
+
+    def close(self) -> None:
+        """No job will come any more. A thread that waits for its caller's memory is left behind."""
+        for _ in self._threads:
+            self._queue.put(None)
+
+
+def _try(do: Callable[[int, Step], Any], running: Running, step: Step) -> tuple[Any, OSError | None]:
+    """The result of a step, or why there is none."""
+    try:
+        return do(running.request.pid if running.request is not None else 0, step), None
+    except OSError as error:
+        return None, error
+
+
+def _near(pid: int, step: Step) -> bytes | None:
+    """The short cut."""
+    if isinstance(step, Read):
+        return caller.read(pid, step.address, step.length)
+    assert isinstance(step, Write), f"{step} is not short"
+    caller.write(pid, step.address, step.data)
+    return None
+
+
+def _far(pid: int, step: Step) -> Any:
+    """In a thread."""
+    match step:
+        case Read(address, length):
+            data = bytearray(length)
+            caller.transfer_in(pid, [(address, memoryview(data))])
+            return bytes(data)
+        case Write(address, data):
+            caller.transfer_out(pid, [(memoryview(data), address)])
+        case TransferIn(pieces):
+            caller.transfer_in(pid, pieces)
+        case TransferOut(pieces):
+            caller.transfer_out(pid, pieces)
+        case Maps(pids, device, inode, offsets):
+            found: set[int] = set()
+            for start, end, offset in _all_maps(pids, device, inode):
+                found.update(offsets[bisect_left(offsets, offset) : bisect_left(offsets, offset + end - start)])
+            return found
+        case MapAt(address, device, inode):
+            at = caller.mapping_at(pid, address, device, inode)
+            return None if at is None else at.offset + address - at.start
+    return None
+
+
+def _all_maps(pids: Iterable[int], device: int, inode: int) -> Iterator[caller.Vma]:
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it is gone, or not ours to look at
+            yield from caller.mapped(pid, device, inode)

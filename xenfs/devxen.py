@@ -1,0 +1,115 @@
+"""devxen.py: the host's side of dev/xen: each domain's devices and their files, and what they share.
+
+host.World has one XenDevices; up.py registers its arena with the mount and runs its tasks. What a device does is in sysdev/,
+what its file does in nodes/.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import trio
+
+from sysdev.evtchn import EvtchnDevice
+from sysdev.gntalloc import Gntalloc
+from sysdev.gntdev import Gntdev
+from xenfs.arena import Arena, Fills
+from xenfs.calls import Calls, DomainCalls
+from xenfs.fuse.tree import Directory, Node
+from xenfs.nodes.evtchn import EvtchnNode
+from xenfs.nodes.gntdev import GNTALLOC, GNTDEV, GrantNode
+from xenfs.nodes.privcmd import Privcmd
+from xenmodel.domain import Domain
+
+SWEEP_S = 1.0  # how long a page of gntalloc may outlive its last mapping
+
+
+class XenDevices:
+    """All of them. `fills` as the Arena's; `kick` delivers what a batch caused; `table(domain)` is what evtchn reads as."""
+
+    def __init__(self, fills: Fills, kick: Callable[[], bool], table: Callable[[Domain], str]) -> None:
+        self.calls = Calls()
+        self.arena = Arena(lambda ranges: fills(ranges) or self.calls.fills(ranges))
+        self.gid: int | None = None  # a group that may use the files, too
+        self._kick = kick
+        self._table = table
+        self._domains: dict[int, DomainDevices] = {}
+        self._lingering = trio.Event()
+
+    def add(self, domain: Domain, directory: Directory) -> None:
+        """Put the files of a domain into its dev/xen."""
+        devices = DomainDevices(domain, self.arena, self.calls, lambda: self._table(domain))
+        devices.gntalloc.on_linger = lambda: self._lingering.set()
+        self._domains[domain.domid] = devices
+        for name, node in devices.nodes.items():
+            directory.add(name, node)
+        for node in directory.children.values():
+            if self.gid is not None:
+                node.gid, node.mode = self.gid, node.mode | (node.mode & 0o600) >> 3
+
+    def remove(self, domid: int) -> None:
+        """A domain ends: whatever programs hold of it, and it of others."""
+        if (devices := self._domains.pop(domid, None)) is not None:
+            devices.stop()
+
+    def mounted(self, fuse_fd: int, device: str) -> None:
+        """The kernel takes backing files now. `device`: major:minor of the mount."""
+        self.arena.register(fuse_fd)
+        self.arena.device = os.makedev(*map(int, device.split(":")))
+
+    def step(self) -> bool:
+        """What was waiting; True if there is more that can be done at once."""
+        self.arena.step()
+        return self.calls.step()
+
+    async def run(self) -> None:
+        """The task of the threads that reach into callers' memory."""
+        while True:
+            await trio.lowlevel.wait_readable(self.calls.fd)
+            while self._kick():
+                await trio.lowlevel.checkpoint()
+
+    async def sweep(self) -> None:
+        """The task that looks which pages of gntalloc no process maps any more. It sleeps while there are none."""
+        while True:
+            await self._lingering.wait()
+            self._lingering = trio.Event()
+            await trio.sleep(SWEEP_S)
+            for devices in self._domains.values():
+                if devices.gntalloc.lingering:
+                    devices.calls.run(None, devices.gntalloc.sweep())
+            while self._kick():
+                await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        for domid in list(self._domains):
+            self.remove(domid)
+        self.arena.close()
+        self.calls.close()
+
+
+class DomainDevices:
+    """What is in one domain's dev/xen of it."""
+
+    def __init__(self, domain: Domain, arena: Arena, calls: Calls, table: Callable[[], str]) -> None:
+        self.calls = DomainCalls(calls, domain.domid)
+        self.evtchn = EvtchnDevice(domain.events)
+        self.gntdev = Gntdev(domain, self.evtchn, arena)
+        self.gntalloc = Gntalloc(domain, self.evtchn, arena)
+        self.grant_nodes = [GrantNode(self.gntdev, self.gntalloc, arena, self.calls, what) for what in (GNTDEV, GNTALLOC)]
+        self.nodes: dict[str, Node] = {
+            "evtchn": EvtchnNode(self.evtchn, 0o600, table),
+            "gntdev": self.grant_nodes[0],
+            "gntalloc": self.grant_nodes[1],
+            "privcmd": Privcmd(domain),
+        }
+
+    def stop(self) -> None:
+        for node in self.grant_nodes:
+            node.stopped = True
+        for user in list(self.gntdev.users):
+            self.calls.run(None, user.close())
+        self.gntalloc.stop()
+        self.evtchn.stop()
+        self.calls.close()

@@ -1,0 +1,92 @@
+"""privcmd.py: dev/xen/privcmd, drivers/xen/privcmd.c: hypercalls of a domain's programs, libxencall's and libxenctrl's.
+
+IOCTL_PRIVCMD_HYPERCALL of Linux, and FreeBSD's, whose structure travels with the request and holds the result; the arguments
+are addresses in the caller's memory either way (xenfs/caller.py). What the calls do is in sysdev/hypercall.py.
+
+All other ioctls are ENOTTY: mapping another domain's memory, device-model operations, RESTRICT. libxenforeignmemory and
+libxendevicemodel ask for one when they open the file, and put up with that. A file that is still open when its domain is
+gone says ENODEV. Nothing belongs to an open(): ports that a program bound here stay bound when it ends, as on Xen.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Mapping
+from struct import Struct
+from types import MappingProxyType
+
+from sysdev.hypercall import Hypercalls
+from xenfs import caller
+from xenfs.fuse.kernel import FOPEN_DIRECT_IO
+from xenfs.fuse.session import Session
+from xenfs.fuse.tree import Ioctl, Node, Opened, refuse
+from xenmodel.domain import Domain
+from xenmodel.public import errno as xen_errno
+
+IOCTL_PRIVCMD_HYPERCALL = 0x00305000  # Linux: _IOC(_IOC_NONE, 'P', 0, 48)
+FREEBSD_IOCTL_PRIVCMD_HYPERCALL = 0xC0384500  # _IOWR('E', 0, 56)
+PRIVCMD_HYPERCALL = Struct("<6Q")  # op, arg[5]
+FREEBSD_PRIVCMD_HYPERCALL = Struct("<6Qq")  # op, arg[5], retval
+_U32 = 2**32 - 1
+_INT_MAX = 2**31 - 1
+_ERRNO: Mapping[int, int] = MappingProxyType(
+    {value: getattr(errno, name[4:]) for name, value in vars(xen_errno).items() if name.startswith("XEN_E")}
+)
+
+
+class CallerMemory:
+    """The memory of the thread that waits in an ioctl."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def read(self, address: int, length: int) -> bytes:
+        return caller.read(self.pid, address, length)
+
+    def write(self, address: int, data: bytes) -> None:
+        caller.write(self.pid, address, data)
+
+
+class Privcmd(Node):
+    """The device of one domain. `uuid` is what XENVER_guest_handle says."""
+
+    def __init__(self, domain: Domain, mode: int = 0o600, uuid: bytes = bytes(16)) -> None:
+        self.domain = domain
+        self.mode = stat.S_IFREG | mode
+        self.uuid = uuid
+
+    def open(self, flags: int) -> Opened:
+        self._alive()
+        return Opened(self, FOPEN_DIRECT_IO)
+
+    def write(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
+        raise refuse(errno.EINVAL)
+
+    def ioctl(self, request: Ioctl) -> None:
+        self._alive()
+        if request.command == IOCTL_PRIVCMD_HYPERCALL:
+            words = PRIVCMD_HYPERCALL.unpack(caller.read(request.pid, request.arg, PRIVCMD_HYPERCALL.size))
+            request.session.send_ioctl(request.unique, self._call(request.pid, words))
+        elif request.command == FREEBSD_IOCTL_PRIVCMD_HYPERCALL:
+            size = FREEBSD_PRIVCMD_HYPERCALL.size
+            if len(request.data) != size or request.out_size < size:
+                raise refuse(errno.EINVAL)
+            words = FREEBSD_PRIVCMD_HYPERCALL.unpack(request.data)[:-1]
+            result = self._call(request.pid, words)
+            request.session.send_ioctl(request.unique, 0, FREEBSD_PRIVCMD_HYPERCALL.pack(*words, result))
+        else:
+            raise refuse(errno.ENOTTY)
+
+    def _alive(self) -> None:
+        if self.domain.hypervisor.domains.get(self.domain.domid) is not self.domain:
+            raise refuse(errno.ENODEV)
+
+    def _call(self, pid: int, words: tuple[int, ...]) -> int:
+        """The result; a negative one is an OSError."""
+        calls = Hypercalls(self.domain, CallerMemory(pid), lambda: caller.describe(pid), self.uuid)
+        result = calls.call(words[0] & _U32, words[1:])  # the number is an unsigned int to both kernels
+        if result < 0:
+            raise refuse(_ERRNO[-result])
+        assert result <= _INT_MAX, f"hypercall {words[0]}: {result} is no int32"
+        return result
