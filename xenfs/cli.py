@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 it could not be done (one line says why), 2 wrong usage, 1
 from __future__ import annotations
 
 import argparse
+import grp
 import logging
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
         "given several times. Guests with vifs need root",
     )
     up.add_argument(
+        "--device-group",
+        type=group_id,
+        metavar="GROUP",
+        help="let the members of this group, a name or number, use each domain's dev/xen, too (default: root only)",
+    )
+    up.add_argument(
         "--xenstored-socket",
         metavar="PATH",
         help="where xenstored listens, for XENSTORED_PATH (default: DIR.xenstored); a program that knows only the built-in "
@@ -69,6 +76,14 @@ def parser() -> argparse.ArgumentParser:
     storecmd.add_commands(commands)
     lscmd.add_commands(commands)
     return top
+
+
+def group_id(text: str) -> int:
+    """A group by name or number; for argparse."""
+    try:
+        return int(text) if text.isdecimal() else grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no group {text!r}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,10 +112,11 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         if options.command == "up":
             from xenfs.network import Bridge
-            from xenfs.up import up
+            from xenfs.up import Settings, up
 
             bridges = [Bridge.parse(text) for text in options.bridge]
-            up(load_configs(options.configs), options.mount, options.allow_other, bridges, options.xenstored_socket)
+            settings = Settings(options.allow_other, bridges, options.xenstored_socket, options.device_group)
+            up(load_configs(options.configs), options.mount, settings)
         else:
             from xenfs.demo import demo
 

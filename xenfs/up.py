@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
@@ -42,16 +43,19 @@ def say(line: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as we live)
 
 
-def up(
-    configs: Sequence[GuestConfig],
-    mountpoint: str,
-    allow_other: bool | None = None,
-    bridges: Sequence[Bridge] = (),
-    store_socket: str | None = None,
-) -> None:
+class Settings(NamedTuple):
+    """Who may see the mount (None: all, if we are root); bridges that are made for as long as it lasts; where xenstored
+    listens (None: beside the mount); a group that may use dev/xen."""
+
+    allow_other: bool | None = None
+    bridges: Sequence[Bridge] = ()
+    store_socket: str | None = None
+    device_group: int | None = None
+
+
+def up(configs: Sequence[GuestConfig], mountpoint: str, settings: Settings) -> None:
     """Serve `configs` under `mountpoint` until SIGINT or SIGTERM. HostError, MountError, SocketError or NetlinkError if it
-    cannot be done. `bridges` are made for as long as it lasts; xenstored listens at `store_socket`, by default beside the
-    mount."""
+    cannot be done."""
     # 5 ms, the default, is how long a disk worker that has finished may wait for the interpreter
     sys.setswitchinterval(0.0005)
     # signals wait until the loop listens: between making a mount and serving it there is no good moment for one.
@@ -60,18 +64,18 @@ def up(
     if not set_io_flusher():
         log.info("not permitted to be an IO flusher (see docs/deadlocks.md)")
     free_directory(os.path.abspath(mountpoint))
-    world = World()
+    world = World(device_gid=settings.device_group)
     world.announce = say
     for warning in duplicate_macs(configs):
         log.warning("%s", warning)
     try:
-        world.vifs.network.make_bridges(bridges)
+        world.vifs.network.make_bridges(settings.bridges)
         for config in configs:
             world.create(config)
             world.settle()
         world.check_connected()
-        _listen(world, mountpoint, store_socket)
-        everyone = os.geteuid() == 0 if allow_other is None else allow_other
+        _listen(world, mountpoint, settings.store_socket)
+        everyone = os.geteuid() == 0 if settings.allow_other is None else settings.allow_other
         mounted = mount(mountpoint, fsname="xenfs", allow_other=everyone)
         try:
             failure = trio.run(_serve, world, mounted)

@@ -248,6 +248,12 @@ class DevXen:
         text = self.host.read(self.path(domid, "inspect/grants"))
         return {int(row["handle"]) for row in rows(text, "handle") if row["handle"]} if "handle" in text else set()
 
+    def mapped_by(self, domid: int, program: Program) -> set[int]:
+        """Those of one program. Drivers in xenfs map and unmap as they need."""
+        text, name = self.host.read(self.path(domid, "inspect/grants")), f"[{program.process.pid}]"
+        found = rows(text, "handle") if "handle" in text else []
+        return {int(row["handle"]) for row in found if any(name in cell for cell in row.values())}
+
     def held(self, *domids: int) -> list[tuple[set[int], set[int], set[int]]]:
         """All of it, to be compared with what it was before."""
         return [(set(self.ports(domid)), self.granted(domid), self.mapped(domid)) for domid in domids]

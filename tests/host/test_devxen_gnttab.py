@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.host.devxen import PAGE, DevXen, coherent, needs_libraries, served, shared
+from tests.host.net import wait_until
 from tests.host.served import MIB, Host
 
 pytestmark = [pytest.mark.host, needs_libraries]
@@ -56,10 +57,10 @@ def test_two_domains(host):
                 host.check("dd", f"if={source}", f"of={disk}", "bs=64k", "conv=notrunc,fsync")
 
         write(0xA1, 0xB1)
-        before = xen.held(0)
         pages = [(domid, ref) for domid in (1, 2) for ref in sorted(xen.granted(domid))]
         random.Random(1).shuffle(pages)
         mapped = zero.number("map-mixed", "ro", *(f"{domid}:{ref}" for domid, ref in pages))
+        assert len(xen.mapped_by(0, zero)) == len(pages)
         seen: set[tuple[int, str]] = set()
         for now in ((0xA1, 0xB1), (0xA2, 0xB2), (0xA3, 0xB3)):
             write(*now)
@@ -68,11 +69,11 @@ def test_two_domains(host):
                 seen |= {(domid, found[:2]) for byte in range(0xA0, 0xC0) if found == f"{byte:02x}" * PAGE}
         assert {(1, "a1"), (1, "a2"), (1, "a3"), (2, "b1"), (2, "b2"), (2, "b3")} == seen
         zero.ok("unmap", mapped)
+        assert xen.mapped_by(0, zero) == set()
         for disk, byte in zip(disks, (0xA3, 0xB3), strict=True):
             said = host.python("import sys; print(open(sys.argv[1], 'rb').read(65536) == bytes([int(sys.argv[2])]) * 65536)",
                                disk, byte)  # fmt: skip
             assert said == "True\n"
-        xen.wait_held(before, 0)
         xen.served.stop()
 
 
@@ -258,7 +259,7 @@ def test_ring_of_a_disk(host):
     Method: the ring of a guest's disk, mapped before and while the disk is read and written; the producer's index moves."""
     image = host.image("a.img", 8 * MIB)
     with DevXen(host, host.up(host.config("g", f"{image},raw,xvda,w"))) as xen:
-        disk, before = xen.served.disk(), xen.held(0, 1)
+        disk = xen.served.disk()
         ref = int(host.check("cat", xen.served.mnt / "xenstore/local/domain/1/device/vbd/51712/ring-ref"))
         zero = xen.grants(0)
         copy = host.root / "random"
@@ -276,5 +277,5 @@ def test_ring_of_a_disk(host):
         mapped = zero.number("map", "rw", 1, ref)
         zero.kill()
         host.check("cmp", "-n", 4 * MIB, copy, disk)
-        xen.wait_held(before, 0, 1)
+        wait_until(lambda: not xen.mapped_by(0, zero), "the ring unmapped")
         xen.served.stop()

@@ -105,6 +105,15 @@ def test_options():
     assert parser().parse_args(["up", "--mount", "m"]).configs == []
 
 
+def test_device_group(capsys):
+    """Goal: --device-group takes a name or a number, and says which name it does not know.  Method: the parser."""
+    for word in ("root", "0"):
+        assert parser().parse_args(["up", "--mount", "m", "--device-group", word]).device_group == 0
+    with pytest.raises(SystemExit):
+        parser().parse_args(["up", "--mount", "m", "--device-group", "no such group"])
+    assert "there is no group 'no such group'" in capsys.readouterr().err
+
+
 def test_bridges(monkeypatch, tmp_path):
     """Goal: each --bridge is a name with its addresses, in the order given, and reaches the server with the guests.
     Method: main() up to the call that would serve; a vif without any parameter is a legal one."""
@@ -113,8 +122,9 @@ def test_bridges(monkeypatch, tmp_path):
     (tmp_path / "a.cfg").write_text('name = "a"\nvif = [ "" ]\n')
     words = ["--bridge", "xenbr0=10.0.0.1/24,fd00::1/64", "--bridge=other"]
     assert main(["up", "--mount", "m", *words, str(tmp_path / "a.cfg")]) == 0
-    ((guests, mountpoint, allow_other, bridges, socket),) = served
-    assert ([guest.name for guest in guests], mountpoint, allow_other) == (["a"], "m", None)
+    ((guests, mountpoint, settings),) = served
+    assert ([guest.name for guest in guests], mountpoint, settings.allow_other) == (["a"], "m", None)
     assert [(vif.devid, vif.bridge, vif.ip, vif.mtu) for vif in guests[0].vifs] == [(0, "xenbr0", (), 1500)]
-    assert socket is None, "the default depends on the mount"
-    assert bridges == [Bridge("xenbr0", ("10.0.0.1/24", "fd00::1/64")), Bridge("other")]
+    assert settings.store_socket is None, "the default depends on the mount"
+    assert settings.device_group is None, "only root may use dev/xen"
+    assert settings.bridges == [Bridge("xenbr0", ("10.0.0.1/24", "fd00::1/64")), Bridge("other")]
