@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,12 @@ from bench.block import MIB, parse_count, parse_folder, parse_names, say, work_f
 from bench.netreport import Results, Sample
 from bench.nettools import Row, ToolError
 from bench.peers import REPOSITORY, PeerFailure, unmount_below
-from bench.report import OURS, machine
+from bench.report import OURS, machine, markdown_table, text_table
 from bench.xenreport import select
 
 SOURCE = Path(__file__).with_suffix(".c")
 NAME, UNIX = "devxen", "unix"
+PAGE = "-page"  # ends the names of rows that share a call out among its pages
 ROUNDS, MS, QUICK_ROUNDS, QUICK_MS = 3, 1000, 1, 100
 GRACE_S, TOOL_S = 30.0, 10.0
 DISK_MIB = 4
@@ -75,7 +76,7 @@ def _map(whose: str, title: str, pages: int) -> Work:
     title = f"map and unmap {pages} page{'s' if pages > 1 else ''} of {title}"
     rows = [Row(name, title, "us", 1, lower=True)]
     if pages > 1:
-        rows.append(Row(f"{name}-page", f"{title}, each page", "us", 2, lower=True))
+        rows.append(Row(f"{name}{PAGE}", f"{title}, each page", "us", 2, lower=True))
     return Work(name, title, f"map-{whose}", tuple(rows), pages=pages)
 
 
@@ -261,9 +262,32 @@ def prepare(options: argparse.Namespace) -> Results:
     return Results(now, machine(), versions, facts, options.works, (OURS, UNIX), notes=[*NOTES])
 
 
+def tables(results: Results) -> list[list[netreport.Cells]]:
+    """Figures, then ratios; what a page costs has that of its call."""
+    if not results.samples:
+        return []
+    works = tuple(replace(w, rows=tuple(row for row in w.rows if not row.name.endswith(PAGE))) for w in results.works)
+    measured = netreport.figure_rows(results, "median (min-max)", results.rows)
+    return [measured, netreport.ratio_rows(replace(results, works=works))]
+
+
+def text(results: Results) -> str:
+    """What is printed at the end of a run."""
+    parts = [*(text_table(rows) for rows in tables(results)), *results.notes]
+    if results.failures:
+        parts.append("\n".join(["could not be run:", *(f"  {failure}" for failure in results.failures)]))
+    return "\n\n".join(parts)
+
+
 def markdown(results: Results) -> str:
-    """The page `devxen.md`: the network's, under its own title."""
-    return "# /dev/xen beside what Unix has\n" + netreport.markdown(results).partition("\n")[2]
+    """The page `devxen.md`."""
+    facts = {"date": results.date, **results.machine} | {name: str(value) for name, value in results.options.items()}
+    parts = ["# /dev/xen beside what Unix has", "\n".join(f"- {name}: {value}" for name, value in facts.items())]
+    parts.append(markdown_table([["way", "version"], *([*pair] for pair in results.versions.items())]))
+    parts += [*(markdown_table(rows) for rows in tables(results)), *results.notes]
+    if results.failures:
+        parts.append("\n".join(["Could not be run:\n", *(f"- {failure}" for failure in results.failures)]))
+    return "\n\n".join(parts) + "\n"
 
 
 def save(results: Results, folder: Path) -> list[str]:
@@ -290,7 +314,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted; everything started was ended and removed")
         return 130
-    print(netreport.text(results))
+    print(text(results))
     for line in save(results, options.out):
         say(line)
     return 1 if results.failures else 0

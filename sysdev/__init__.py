@@ -1,1 +1,1 @@
-"""sysdev: console, control, balloon, PCI. Nothing is here yet: they come after the disks and the network."""
+"""sysdev: what is no disk and no network: event channels, grants and hypercalls of programs (dev/xen)."""

@@ -226,6 +226,8 @@ class EvtchnUser:
     @property
     def readable(self) -> bool:
         """There are ports, or an error, to read."""
+        if not self._ring:
+            self._collect()
         return bool(self._ring) or self.overflow or self.device.stopped
 
     def read(self, size: int) -> bytes | int:
@@ -237,6 +239,8 @@ class EvtchnUser:
             return b""
         if self.overflow:
             return -errno.EFBIG
+        if not self._ring:
+            self._collect()
         if not self._ring:
             return -errno.EAGAIN
         ring = self._ring
@@ -286,14 +290,24 @@ class EvtchnUser:
             return -errno.EINVAL
         return 0 if self._mine(port) is not None else -errno.ENOTCONN
 
+    def _collect(self) -> None:
+        """Events that are pending, but not delivered yet: the caller's last ioctl or write may have made them so, and on Xen
+        the interrupt would have come before it returned."""
+        for port, bound in self.ports.items():
+            if self.device.is_ours(bound) and self.device.events.take(port):
+                self._put(bound)
+
     def _happened(self, bound: BoundPort) -> None:
         """evtchn_interrupt."""
+        had = bool(self._ring), self.overflow
+        self._put(bound)
+        if had != (bool(self._ring), self.overflow):
+            self.wake()
+
+    def _put(self, bound: BoundPort) -> None:
         self.device.events.mask(bound.port)
         bound.enabled = False
         if len(self._ring) < RING_PORTS:
             self._ring.append(bound.port)
-            if len(self._ring) == 1:
-                self.wake()
-        elif not self.overflow:
+        else:
             self.overflow = True
-            self.wake()

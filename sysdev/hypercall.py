@@ -1,14 +1,15 @@
 """hypercall.py: the hypercalls that a domain's programs make through its privcmd device, xen/common/{kernel,event_channel,
 grant_table,multicall}.c: what Xen does with numbers and pointers of a caller who may have made them up.
 
-Called by xenfs/nodes/privcmd.py for one ioctl at a time; calls the domain's EventChannels and looks at its GrantTable.
+Called by xenfs/nodes/privcmd.py, as jobs of steps.py; calls the domain's EventChannels and looks at its GrantTable.
 Results are the hypercall's: 0 or more, or -XEN_E*. Arguments are u64, as the caller's registers; Xen looks at the low half
 of commands and counts only.
 
-Invariants: an argument is copied in before it is looked at, and what is found goes out in one copy; a fault in that last
-copy undoes nothing (the port is bound, as in Xen); a domain acts for itself, domain 0 for all; a call costs at most
-MULTICALL_MOST operations of at most NR_PORTS steps. A port is closed whoever uses it, also under one of our drivers: that
-is the guest's own loss.
+Invariants: an argument is copied in, whole, before it is looked at, and what is found goes out in one copy; all that an
+operation changes changes between those two, when nobody else has a turn; a fault in that last copy undoes nothing (the
+port is bound, as in Xen); when a copy is done the domain may be gone (ESRCH), and nothing is done any more; a domain acts
+for itself, domain 0 for all; a call costs at most MULTICALL_MOST operations of at most NR_PORTS steps. A port is closed
+whoever uses it, also under one of our drivers: that is the guest's own loss.
 
 Left out, as -XEN_ENOSYS: the grant operations that change something (gntdev and gntalloc do that), the FIFO ABI, and all
 other hypercalls, memory_op and those of toolstacks among them. Every domain has vCPU 0 only, and no PIRQs.
@@ -19,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from struct import Struct
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any
 
+from sysdev.steps import Job, Read, Write
 from xenmodel.domain import Domain
 from xenmodel.event_channel import NR_PORTS, Channel, State
 from xenmodel.public import event_channel as ec
@@ -72,14 +74,6 @@ FEATURES = (
 Fields = tuple[int | bytes, ...]  # of an argument structure
 
 
-class Memory(Protocol):
-    """The caller's memory. OSError for an address where there is none, or nothing that may be read or written."""
-
-    def read(self, address: int, length: int) -> bytes: ...
-
-    def write(self, address: int, data: bytes) -> None: ...
-
-
 class _Refused(Exception):
     """The hypercall ends here with -`number`."""
 
@@ -91,96 +85,101 @@ class _Refused(Exception):
 class Hypercalls:
     """What one caller asks of Xen as `domain`. `owner()` names him for the tables of ports; `uuid` is the domain's."""
 
-    def __init__(
-        self, domain: Domain, memory: Memory, owner: Callable[[], str] = lambda: "", uuid: bytes = bytes(16)
-    ) -> None:
+    def __init__(self, domain: Domain, owner: Callable[[], str] = lambda: "", uuid: bytes = bytes(16)) -> None:
         assert len(uuid) == ver.DOMAIN_HANDLE.size, f"a uuid of {len(uuid)} bytes"
         self.domain = domain
-        self.memory = memory
         self.owner = owner
         self.uuid = uuid
 
-    def call(self, op: int, args: tuple[int, ...]) -> int:
+    def call(self, op: int, args: tuple[int, ...]) -> Job[int]:
         """The result of __HYPERVISOR_`op`, or -XEN_E*. `args` are at least five."""
         handler = _HYPERCALLS.get(op)
         if handler is None:
             return -XEN_ENOSYS
         try:
-            return handler(self, args)
+            return (yield from handler(self, args))
         except _Refused as refused:
             return -refused.number
 
-    def multicall(self, args: tuple[int, ...]) -> int:
+    def multicall(self, args: tuple[int, ...]) -> Job[int]:
         """A list of calls, each with its result beside it. It ends early only where an entry cannot be copied."""
         address, count = args[0], args[1] & _U32
         if count > MULTICALL_MOST:
             return -XEN_E2BIG
         for at in range(address, address + count * MULTICALL.size, MULTICALL.size):
-            op, _, *inner = MULTICALL_ENTRY.unpack(self._copy_in(at, MULTICALL.size))
-            result = -XEN_EINVAL if op == Hypercall.multicall else self.call(op, tuple(inner))
-            self._copy_out(at + MULTICALL["result"], _RESULT.pack(result & _U64))
+            op, _, *inner = MULTICALL_ENTRY.unpack((yield from self._copy_in(at, MULTICALL.size)))
+            result = -XEN_EINVAL if op == Hypercall.multicall else (yield from self.call(op, tuple(inner)))
+            yield from self._copy_out(at + MULTICALL["result"], _RESULT.pack(result & _U64))
         return 0
 
-    def xen_version(self, args: tuple[int, ...]) -> int:
+    def xen_version(self, args: tuple[int, ...]) -> Job[int]:
         cmd, address = args[0] & _U32, args[1]
         if cmd == ver.XENVER_version:
             return VERSION
         if cmd == ver.XENVER_pagesize:
             return PAGE_SIZE if not address else -XEN_EINVAL
         if cmd == ver.XENVER_build_id:
-            return self._build_id(address)
+            return (yield from self._build_id(address))
         if cmd == ver.XENVER_get_features:
-            submap_idx, _ = ver.FEATURE_INFO.unpack(self._copy_in(address, ver.FEATURE_INFO.size))
+            submap_idx, _ = ver.FEATURE_INFO.unpack((yield from self._copy_in(address, ver.FEATURE_INFO.size)))
             if submap_idx >= ver.XENFEAT_NR_SUBMAPS:
                 return -XEN_EINVAL
-            self._copy_out(address, ver.FEATURE_INFO.pack(submap_idx, self._features()))
+            yield from self._copy_out(address, ver.FEATURE_INFO.pack(submap_idx, self._features()))
             return 0
         text = self._text(cmd)
         if text is None:
             return -XEN_ENOSYS
-        self._copy_out(address, text)
+        yield from self._copy_out(address, text)
         return 0
 
-    def event_channel_op(self, args: tuple[int, ...]) -> int:
+    def event_channel_op(self, args: tuple[int, ...]) -> Job[int]:
         cmd, address = args[0] & _U32, args[1]
         if cmd not in _EVENT_OPS:
             return -XEN_ENOSYS
         layout, operation = _EVENT_OPS[cmd]
-        out = operation(self, *layout.unpack(self._copy_in(address, layout.size)))
+        out = operation(self, *layout.unpack((yield from self._copy_in(address, layout.size))))
         if out is not None:
-            self._copy_out(address, layout.pack(*out))
+            yield from self._copy_out(address, layout.pack(*out))
         return 0
 
-    def grant_table_op(self, args: tuple[int, ...]) -> int:
+    def grant_table_op(self, args: tuple[int, ...]) -> Job[int]:
         cmd, address, count = args[0] & _U32, args[1], args[2] & _U32
         if count >> 31 or cmd & ~_GNTTABOP_CMD_MASK:
             return -XEN_EINVAL
         if cmd == gt.GNTTABOP_query_size:
-            return self._query_size(address, count)
+            return (yield from self._query_size(address, count))
         if cmd == gt.GNTTABOP_get_version:  # one, whatever `count` says
-            domid, pad, _ = gt.GET_VERSION.unpack(self._copy_in(address, gt.GET_VERSION.size))
+            domid, pad, _ = gt.GET_VERSION.unpack((yield from self._copy_in(address, gt.GET_VERSION.size)))
             self._subject(domid)
-            self._copy_out(address, gt.GET_VERSION.pack(domid, pad, GRANT_VERSION))
+            yield from self._copy_out(address, gt.GET_VERSION.pack(domid, pad, GRANT_VERSION))
             return 0
         return -XEN_ENOSYS
 
     # --- the caller's memory, and whom he may ask about --------------------------------------------------------------------
 
-    def _copy_in(self, address: int, length: int) -> bytes:
-        if address + length > _U64:
-            raise _Refused(XEN_EFAULT)
-        try:
-            return self.memory.read(address, length)
-        except OSError:
-            raise _Refused(XEN_EFAULT) from None
+    def _copy_in(self, address: int, length: int) -> Job[bytes]:
+        data: bytes = yield from self._copy(Read(address, length), length)
+        return data
 
-    def _copy_out(self, address: int, data: bytes) -> None:
-        if address + len(data) > _U64:
+    def _copy_out(self, address: int, data: bytes) -> Job[None]:
+        yield from self._copy(Write(address, data), len(data))
+
+    def _copy(self, step: Read | Write, length: int) -> Job[Any]:
+        """One copy, before and after which the domain has to be there: it can take any time."""
+        if step.address + length > _U64:
             raise _Refused(XEN_EFAULT)
+        self._check_there()
         try:
-            self.memory.write(address, data)
+            result = yield step
         except OSError:
             raise _Refused(XEN_EFAULT) from None
+        self._check_there()
+        return result
+
+    def _check_there(self) -> None:
+        """Another domain may have its number by now."""
+        if self._find(self.domain.domid) is not self.domain:
+            raise _Refused(XEN_ESRCH)
 
     def _find(self, domid: int) -> Domain | None:
         return self.domain if domid == DOMID_SELF else self.domain.hypervisor.domains.get(domid)
@@ -224,22 +223,22 @@ class Hypercalls:
     def _features(self) -> int:
         return FEATURES | (1 << ver.XENFEAT_dom0 if self._privileged() else 0)
 
-    def _build_id(self, address: int) -> int:
+    def _build_id(self, address: int) -> Job[int]:
         """There is none; a caller who wants it, and not only its size, has to ask properly all the same."""
         if not self._privileged():
             return -XEN_EPERM
         if address:
-            (length,) = ver.BUILD_ID_LEN.unpack(self._copy_in(address, ver.BUILD_ID_LEN.size))
+            (length,) = ver.BUILD_ID_LEN.unpack((yield from self._copy_in(address, ver.BUILD_ID_LEN.size)))
             if not length:
                 return -XEN_EINVAL
         return -XEN_ENODATA
 
     # --- grant_table_op ----------------------------------------------------------------------------------------------------
 
-    def _query_size(self, address: int, count: int) -> int:
+    def _query_size(self, address: int, count: int) -> Job[int]:
         if count != 1:
             return -XEN_EINVAL
-        domid, frames, most, _ = gt.QUERY_SIZE.unpack(self._copy_in(address, gt.QUERY_SIZE.size))
+        domid, frames, most, _ = gt.QUERY_SIZE.unpack((yield from self._copy_in(address, gt.QUERY_SIZE.size)))
         subject = self._find(domid)
         if subject is None:
             status = gt.GNTST_bad_domain
@@ -247,7 +246,7 @@ class Hypercalls:
             status = gt.GNTST_permission_denied
         else:
             status, frames, most = gt.GNTST_okay, subject.grants.frames, subject.grants.max_frames
-        self._copy_out(address, gt.QUERY_SIZE.pack(domid, frames, most, status))
+        yield from self._copy_out(address, gt.QUERY_SIZE.pack(domid, frames, most, status))
         return 0
 
     # --- event_channel_op: each takes the fields of its structure and returns them if they are to be copied out ------------
@@ -343,7 +342,7 @@ class Hypercalls:
             raise _Refused(-result)
 
 
-_HYPERCALLS: Mapping[int, Callable[[Hypercalls, tuple[int, ...]], int]] = MappingProxyType(
+_HYPERCALLS: Mapping[int, Callable[[Hypercalls, tuple[int, ...]], Job[int]]] = MappingProxyType(
     {
         Hypercall.multicall: Hypercalls.multicall,
         Hypercall.xen_version: Hypercalls.xen_version,

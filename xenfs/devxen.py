@@ -99,10 +99,10 @@ class DomainDevices:
         self.gntalloc = Gntalloc(domain, self.evtchn, arena)
         self.grant_nodes = [GrantNode(self.gntdev, self.gntalloc, arena, self.calls, what) for what in (GNTDEV, GNTALLOC)]
         self.nodes: dict[str, Node] = {
-            "evtchn": EvtchnNode(self.evtchn, 0o600, table),
+            "evtchn": EvtchnNode(self.evtchn, self.calls, 0o600, table),
             "gntdev": self.grant_nodes[0],
             "gntalloc": self.grant_nodes[1],
-            "privcmd": Privcmd(domain),
+            "privcmd": Privcmd(domain, self.calls),
         }
 
     def stop(self) -> None:

@@ -40,8 +40,11 @@ class Vifs:
         """What makes the frontends of one guest."""
 
         def make(domain: Domain, client: Client, node: str, peer: str, domid: int) -> Netfront:
-            want = Want(queues=client.read_int(f"{peer}/xenfs-queues", 1, minimum=1, maximum=MOST_QUEUES))
-            addresses = (client.read(f"{peer}/ip") or "").split()
+            # what configures the host is believed of domain 0 only: another backend's directory is its guest's to write
+            ours = domid == 0 and peer.startswith("/local/domain/0/")
+            queues = client.read_int(f"{peer}/xenfs-queues", 1, minimum=1, maximum=MOST_QUEUES) if ours else 1
+            want = Want(queues=queues)
+            addresses = (client.read(f"{peer}/ip") or "").split() if ours else []
             front = Netfront(domain, client, node, peer, domid, lambda plug: self.network.open_front(config, plug), want)
             tap = _tap(front)
 

@@ -190,6 +190,16 @@ class EventChannels:
         if port in self.channels:
             self._set_pending(port)
 
+    def take(self, port: int) -> bool:
+        """If a port is pending and not masked, its event is taken without the upcall: the caller handles it himself."""
+        word, bit = port >> 6, 1 << (port & 63)
+        pending = self.words[_PENDING + word]
+        if not pending & ~self.words[_MASK + word] & bit:
+            return False
+        self.words[_PENDING + word] = pending & ~bit
+        self.channels[port].notified += 1
+        return True
+
     def _set_pending(self, port: int) -> None:
         words, word, bit = self.words, port >> 6, 1 << (port & 63)
         pending = words[_PENDING + word]

@@ -53,12 +53,12 @@ def test_two_domains(host):
         def write(*bytes_: int) -> None:
             for disk, byte in zip(disks, bytes_, strict=True):
                 source = host.root / "source"
-                source.write_bytes(bytes([byte]) * 65536)
+                source.write_bytes(bytes([byte]) * MIB)
                 host.check("dd", f"if={source}", f"of={disk}", "bs=64k", "conv=notrunc,fsync")
 
         write(0xA1, 0xB1)
         pages = [(domid, ref) for domid in (1, 2) for ref in sorted(xen.granted(domid))]
-        random.Random(1).shuffle(pages)
+        pages = random.Random(1).sample(pages, 1000)
         mapped = zero.number("map-mixed", "ro", *(f"{domid}:{ref}" for domid, ref in pages))
         assert len(xen.mapped_by(0, zero)) == len(pages)
         seen: set[tuple[int, str]] = set()
@@ -71,9 +71,9 @@ def test_two_domains(host):
         zero.ok("unmap", mapped)
         assert xen.mapped_by(0, zero) == set()
         for disk, byte in zip(disks, (0xA3, 0xB3), strict=True):
-            said = host.python("import sys; print(open(sys.argv[1], 'rb').read(65536) == bytes([int(sys.argv[2])]) * 65536)",
-                               disk, byte)  # fmt: skip
-            assert said == "True\n"
+            source = host.root / "source"
+            source.write_bytes(bytes([byte]) * MIB)
+            host.check("cmp", source, disk)
         xen.served.stop()
 
 

@@ -7,6 +7,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from sysdev.hypercall import Hypercalls
+from sysdev.steps import Job, Read, Write
 from xenmodel.domain import Domain
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.public import event_channel as ec
@@ -50,15 +51,38 @@ class Ram:
         self.parts[base][at : at + len(data)] = data
 
 
+def run(job: Job[int], ram: Ram) -> int:
+    """What xenfs/calls.py does, at once: the job's steps in that memory; its result."""
+    try:
+        step = next(job)
+        while True:
+            try:
+                if isinstance(step, Read):
+                    result: bytes | None = ram.read(step.address, step.length)
+                else:
+                    assert isinstance(step, Write), f"a hypercall asks for {step}"
+                    result = ram.write(step.address, step.data)
+            except OSError as error:
+                step = job.throw(error)
+            else:
+                step = job.send(result)
+    except StopIteration as stop:
+        return int(stop.value)
+
+
 class Caller:
     """A program in a domain."""
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
         self.ram = Ram()
-        self.calls = Hypercalls(domain, self.ram, lambda: "prog[7]", UUID)
+        self.calls = Hypercalls(domain, lambda: "prog[7]", UUID)
 
     def call(self, op: int, *args: int) -> int:
+        return run(self.begin(op, *args), self.ram)
+
+    def begin(self, op: int, *args: int) -> Job[int]:
+        """A call that has not got anywhere yet."""
         return self.calls.call(op, (*args, 0, 0, 0, 0, 0)[:5])
 
     def event(self, cmd: int, layout: Struct, *fields: int | bytes, at: int = AT) -> int:

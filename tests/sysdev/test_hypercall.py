@@ -216,7 +216,7 @@ def test_garbage(calls: list[tuple[bytes, tuple[int, ...], str]]):
         caller.ram.fill(memory)
         caller.ram.fill(memory, READONLY)
         before = caller.ram.transfers
-        result = caller.calls.call(op, tuple(args))
+        result = caller.call(op, *args)
         assert -4095 <= result < 2**31
         assert caller.ram.transfers - before <= 4 * MULTICALL_MOST
         world.hypervisor.settle()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from sysdev.evtchn import EvtchnDevice, EvtchnUser
 from tests.xenfs.machine import Kernel, Reply
+from xenfs.calls import Calls, DomainCalls
 from xenfs.fuse import kernel as k
 from xenfs.fuse.tree import Directory
 from xenfs.nodes.evtchn import EvtchnFile, EvtchnNode
@@ -69,7 +70,7 @@ class Program:
         body = k.IOCTL_IN.pack(self.fh, 0, command, arg, len(data), out_size) + data
         length = k.IN_HEADER.size + len(body)
         caller = os.getpid() if pid is None else pid
-        kernel.put(k.IN_HEADER.pack(length, k.FUSE_IOCTL, kernel.unique, 0, 0, 0, caller, 0, 0) + body)
+        kernel.put(k.IN_HEADER.pack(length, k.FUSE_IOCTL, kernel.unique, 0, os.geteuid(), 0, caller, 0, 0) + body)
         reply = kernel.wait(kernel.unique)
         if reply.error:
             return Answer(reply.error)
@@ -140,7 +141,11 @@ class Desk:
         self.domains = {domid: self.hypervisor.create_domain(4, str(domid), domid) for domid in range(3)}
         self.table = "port\n"
         self.devices = {domid: EvtchnDevice(domain.events) for domid, domain in self.domains.items()}
-        self.nodes = {d: EvtchnNode(device, stat.S_IFREG | 0o600, lambda: self.table) for d, device in self.devices.items()}
+        self.calls = Calls()
+        self.nodes = {
+            d: EvtchnNode(device, DomainCalls(self.calls, d), stat.S_IFREG | 0o600, lambda: self.table)
+            for d, device in self.devices.items()
+        }
         self.kernel = Kernel(Directory({f"evtchn{domid}": node for domid, node in self.nodes.items()}))
         self.kernel.settle = self.hypervisor.settle  # type: ignore[method-assign]
 

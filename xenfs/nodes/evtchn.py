@@ -26,7 +26,9 @@ from struct import Struct
 from typing import NamedTuple
 
 from sysdev.evtchn import MOST_BYTES, EvtchnDevice, EvtchnUser
+from sysdev.steps import Job, Read
 from xenfs import caller
+from xenfs.calls import DomainCalls, Result
 from xenfs.fuse import kernel as k
 from xenfs.fuse.session import Session
 from xenfs.fuse.tree import Change, Ioctl, Node, Opened, refuse
@@ -77,7 +79,7 @@ CALLS: dict[int, Call] = {
 }
 
 
-class Read(NamedTuple):
+class Reader(NamedTuple):
     """A READ that waits for something to read."""
 
     session: Session
@@ -91,7 +93,7 @@ class EvtchnFile(Node):
     def __init__(self, node: EvtchnNode) -> None:
         self.node = node
         self.user: EvtchnUser | None = None
-        self.reads: deque[Read] = deque()
+        self.reads: deque[Reader] = deque()
         self.pollers: set[tuple[Session, int]] = set()
         self.table: bytes | None = None  # as it was at the first read
         self.position = 0  # in it; FUSE has none for a stream
@@ -105,7 +107,7 @@ class EvtchnFile(Node):
         if isinstance(data, bytes):
             session.send_data(unique, [data])
         elif data == -errno.EAGAIN and not flags & os.O_NONBLOCK:
-            self.reads.append(Read(session, unique, size))
+            self.reads.append(Reader(session, unique, size))
         else:
             raise refuse(-data)
 
@@ -130,13 +132,17 @@ class EvtchnFile(Node):
         return WRITABLE | READABLE if user.readable else WRITABLE
 
     def ioctl(self, request: Ioctl) -> None:
+        """The job's caller may be slow: what the file was before it is looked at again after its structure is there."""
         call = CALLS.get(request.command)
         if call is None:
             raise refuse(errno.ENOTTY)
+        self.node.calls.run(request, self._call(request, call))
+
+    def _call(self, request: Ioctl, call: Call) -> Job[Result]:
         size = call.arguments.size
         data = request.data
         if size and len(data) < size:
-            data = caller.read(request.pid, request.arg, size)
+            data = yield Read(request.arg, size)
         arguments = call.arguments.unpack_from(data)
         if self.user is None:
             self.user = self.node.device.open(caller.describe(request.pid), self._wake)
@@ -144,11 +150,7 @@ class EvtchnFile(Node):
         result = call.do(self.user, *arguments)
         if result < 0:
             raise refuse(-result)
-        if not call.back:
-            request.session.send_ioctl(request.unique, result)
-        else:
-            back = call.arguments.pack(*arguments) + _U32.pack(result)
-            request.session.send_ioctl(request.unique, 0, back[: request.out_size])
+        return (0, call.arguments.pack(*arguments) + _U32.pack(result)) if call.back else result
 
     def interrupt(self, unique: int) -> bool:
         for read in self.reads:
@@ -199,8 +201,9 @@ class EvtchnFile(Node):
 class EvtchnNode(Node):
     """What is in dev/xen. `describe_table` says what is bound in the domain, for who only reads."""
 
-    def __init__(self, device: EvtchnDevice, mode: int, describe_table: Callable[[], str]) -> None:
+    def __init__(self, device: EvtchnDevice, calls: DomainCalls, mode: int, describe_table: Callable[[], str]) -> None:
         self.device = device
+        self.calls = calls
         self.mode = stat.S_IFREG | stat.S_IMODE(mode)
         self.describe_table = describe_table
         self.files: set[EvtchnFile] = set()

@@ -1,11 +1,11 @@
 """privcmd.py: dev/xen/privcmd, drivers/xen/privcmd.c: hypercalls of a domain's programs, libxencall's and libxenctrl's.
 
 IOCTL_PRIVCMD_HYPERCALL of Linux, and FreeBSD's, whose structure travels with the request and holds the result; the arguments
-are addresses in the caller's memory either way (xenfs/caller.py). What the calls do is in sysdev/hypercall.py.
+are addresses in the caller's memory either way, which xenfs/calls.py reaches. What the calls do is in sysdev/hypercall.py.
 
 All other ioctls are ENOTTY: mapping another domain's memory, device-model operations, RESTRICT. libxenforeignmemory and
 libxendevicemodel ask for one when they open the file, and put up with that. A file that is still open when its domain is
-gone says ENODEV. Nothing belongs to an open(): ports that a program bound here stay bound when it ends, as on Xen.
+gone says ENODEV, also to who waits in an ioctl then. Nothing belongs to an open(): ports that a program bound here stay bound when it ends, as on Xen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from struct import Struct
 from types import MappingProxyType
 
 from sysdev.hypercall import Hypercalls
+from sysdev.steps import Job, Read
 from xenfs import caller
+from xenfs.calls import DomainCalls, Result
 from xenfs.fuse.kernel import FOPEN_DIRECT_IO
 from xenfs.fuse.session import Session
 from xenfs.fuse.tree import Ioctl, Node, Opened, refuse
@@ -35,24 +37,12 @@ _ERRNO: Mapping[int, int] = MappingProxyType(
 )
 
 
-class CallerMemory:
-    """The memory of the thread that waits in an ioctl."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def read(self, address: int, length: int) -> bytes:
-        return caller.read(self.pid, address, length)
-
-    def write(self, address: int, data: bytes) -> None:
-        caller.write(self.pid, address, data)
-
-
 class Privcmd(Node):
     """The device of one domain. `uuid` is what XENVER_guest_handle says."""
 
-    def __init__(self, domain: Domain, mode: int = 0o600, uuid: bytes = bytes(16)) -> None:
+    def __init__(self, domain: Domain, calls: DomainCalls, mode: int = 0o600, uuid: bytes = bytes(16)) -> None:
         self.domain = domain
+        self.calls = calls
         self.mode = stat.S_IFREG | mode
         self.uuid = uuid
 
@@ -66,27 +56,35 @@ class Privcmd(Node):
     def ioctl(self, request: Ioctl) -> None:
         self._alive()
         if request.command == IOCTL_PRIVCMD_HYPERCALL:
-            words = PRIVCMD_HYPERCALL.unpack(caller.read(request.pid, request.arg, PRIVCMD_HYPERCALL.size))
-            request.session.send_ioctl(request.unique, self._call(request.pid, words))
+            self.calls.run(request, self._linux(request))
         elif request.command == FREEBSD_IOCTL_PRIVCMD_HYPERCALL:
-            size = FREEBSD_PRIVCMD_HYPERCALL.size
-            if len(request.data) != size or request.out_size < size:
-                raise refuse(errno.EINVAL)
-            words = FREEBSD_PRIVCMD_HYPERCALL.unpack(request.data)[:-1]
-            result = self._call(request.pid, words)
-            request.session.send_ioctl(request.unique, 0, FREEBSD_PRIVCMD_HYPERCALL.pack(*words, result))
+            self.calls.run(request, self._freebsd(request))
         else:
             raise refuse(errno.ENOTTY)
+
+    def _linux(self, request: Ioctl) -> Job[Result]:
+        data: bytes = yield Read(request.arg, PRIVCMD_HYPERCALL.size)
+        self._alive()
+        return (yield from self._call(request.pid, PRIVCMD_HYPERCALL.unpack(data)))
+
+    def _freebsd(self, request: Ioctl) -> Job[Result]:
+        size = FREEBSD_PRIVCMD_HYPERCALL.size
+        if len(request.data) != size or request.out_size < size:
+            raise refuse(errno.EINVAL)
+        words = FREEBSD_PRIVCMD_HYPERCALL.unpack(request.data)[:-1]
+        result = yield from self._call(request.pid, words)
+        return 0, FREEBSD_PRIVCMD_HYPERCALL.pack(*words, result)
 
     def _alive(self) -> None:
         if self.domain.hypervisor.domains.get(self.domain.domid) is not self.domain:
             raise refuse(errno.ENODEV)
 
-    def _call(self, pid: int, words: tuple[int, ...]) -> int:
+    def _call(self, pid: int, words: tuple[int, ...]) -> Job[int]:
         """The result; a negative one is an OSError."""
-        calls = Hypercalls(self.domain, CallerMemory(pid), lambda: caller.describe(pid), self.uuid)
-        result = calls.call(words[0] & _U32, words[1:])  # the number is an unsigned int to both kernels
+        calls = Hypercalls(self.domain, lambda: caller.describe(pid), self.uuid)
+        result = yield from calls.call(words[0] & _U32, words[1:])  # the number is an unsigned int to both kernels
         if result < 0:
+            self._alive()
             raise refuse(_ERRNO[-result])
         assert result <= _INT_MAX, f"hypercall {words[0]}: {result} is no int32"
         return result
