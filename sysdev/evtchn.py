@@ -293,9 +293,11 @@ class EvtchnUser:
     def _collect(self) -> None:
         """Events that are pending, but not delivered yet: the caller's last ioctl or write may have made them so, and on Xen
         the interrupt would have come before it returned."""
-        for port, bound in self.ports.items():
-            if self.device.is_ours(bound) and self.device.events.take(port):
-                self._put(bound)
+        due = [bound for port, bound in self.ports.items() if self.device.is_ours(bound) and self.device.events.take(port)]
+        for bound in due:
+            self._put(bound)
+        if due:
+            self.wake()  # somebody else may have waited longer
 
     def _happened(self, bound: BoundPort) -> None:
         """evtchn_interrupt."""

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -293,5 +294,10 @@ def guests(host: Host, count: int) -> list[Path]:
     return [host.config(f"g{i}") for i in range(1, count + 1)]
 
 
-def served(host: Host, count: int = 2) -> DevXen:
-    return DevXen(host, host.up(*guests(host, count)))
+@contextlib.contextmanager
+def served(host: Host, count: int = 2) -> Iterator[DevXen]:
+    """So many guests. At the end the server must go as if nothing had happened, whatever programs are still there."""
+    with DevXen(host, host.up(*guests(host, count))) as xen:
+        yield xen
+        if xen.served.process.poll() is None:
+            xen.served.stop()

@@ -7,7 +7,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from sysdev.hypercall import Hypercalls
-from sysdev.steps import Job, Read, Write
+from sysdev.steps import Job, Read, Step, Write
 from xenmodel.domain import Domain
 from xenmodel.hypervisor import Hypervisor
 from xenmodel.public import event_channel as ec
@@ -46,6 +46,13 @@ class Ram:
             raise OSError(errno.EFAULT, "a read-only address")
         self.parts[base][at : at + len(data)] = data
 
+    def do(self, step: Step) -> bytes | None:
+        if isinstance(step, Read):
+            return self.read(step.address, step.length)
+        assert isinstance(step, Write), f"a hypercall asks for {step}"
+        self.write(step.address, step.data)
+        return None
+
     def fill(self, data: bytes, address: int = AT) -> None:
         base, at = self._part(address, len(data))
         self.parts[base][at : at + len(data)] = data
@@ -57,11 +64,7 @@ def run(job: Job[int], ram: Ram) -> int:
         step = next(job)
         while True:
             try:
-                if isinstance(step, Read):
-                    result: bytes | None = ram.read(step.address, step.length)
-                else:
-                    assert isinstance(step, Write), f"a hypercall asks for {step}"
-                    result = ram.write(step.address, step.data)
+                result = ram.do(step)
             except OSError as error:
                 step = job.throw(error)
             else:

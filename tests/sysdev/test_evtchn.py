@@ -147,9 +147,20 @@ def test_bind_interdomain_is_an_event(machine):
     port = a.bind_unbound_port(B)
     machine.notify(a, port)
     peer = b.bind_interdomain(A, port)
-    assert not b.readable, "nothing runs within the ioctl"
+    assert b.readable, "as if the interrupt had come within the ioctl"
     machine.hypervisor.settle()
     assert ports(b) == [peer] and ports(a) == []
+
+
+def test_who_looks_first_wakes_who_waits(machine):
+    """Goal: an event that somebody's look finds before it was delivered also wakes a reader that waits already.
+    Method: notify without a delivery, look, deliver: woken once, and it can be read once."""
+    a, b = machine.open(A), machine.open(B)
+    port, peer = machine.pair(a, b)
+    assert a.notify(port) == 0 and machine.wakes == []
+    assert b.readable and len(machine.wakes) == 1
+    machine.hypervisor.settle()
+    assert len(machine.wakes) == 1 and ports(b) == [peer] and ports(b) == []
 
 
 def test_virq(machine):

@@ -5,7 +5,8 @@ are addresses in the caller's memory either way, which xenfs/calls.py reaches. W
 
 All other ioctls are ENOTTY: mapping another domain's memory, device-model operations, RESTRICT. libxenforeignmemory and
 libxendevicemodel ask for one when they open the file, and put up with that. A file that is still open when its domain is
-gone says ENODEV, also to who waits in an ioctl then. Nothing belongs to an open(): ports that a program bound here stay bound when it ends, as on Xen.
+gone says ENODEV, also to who waits in an ioctl then. Nothing belongs to an open(): ports that a program bound here stay
+bound when it ends, as on Xen.
 """
 
 from __future__ import annotations
