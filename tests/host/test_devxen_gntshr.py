@@ -160,6 +160,22 @@ def test_killed_at_random(xen, seed):
     coherent((one, area), (other, mapped))
 
 
+def test_many_programs(xen):
+    """Goal: programs that share and map all the time do not disturb one another, nor xenfs when it looks which pages are
+    still in use.  Method: eight of them in three domains for some seconds; then all are killed at once."""
+    one = xen.grants(1)
+    given = {domid: shared(one, "rw", domid, 16)[1] for domid in (0, 2)}
+    before = xen.held(0, 1, 2)
+    programs = [xen.grants(domid) for domid in (0, 2) * 4]
+    for i, program in enumerate(programs):
+        program.send("churn", i, 1, *given[(0, 2)[i % 2]])
+    for program in programs:
+        assert program.quiet(0.5)
+    for program in programs:
+        program.process.kill()
+    xen.wait_held(before, 0, 1, 2)
+
+
 def test_stopped_program(xen):
     """Goal: a program that does not run keeps its own pages and costs others nothing; the page's owner need not wait.
     Method: SIGSTOP to one with a mapping; others map and share meanwhile; the owner goes; SIGCONT."""

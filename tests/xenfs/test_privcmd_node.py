@@ -1,6 +1,7 @@
 """Goal: dev/xen/privcmd carries the hypercalls of programs as Linux's and FreeBSD's device do, and a program that closes the
 ports of a kernel's drivers harms its own domain only.
-Method: FUSE requests into a Session; the caller's memory is this process's own, reached by system calls as any other.
+Method: FUSE requests into a Session; the caller's memory is this process's own, reached by system calls as any other, at
+once for a caller who is our user and in a thread for another.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 import subprocess
 from collections.abc import Iterator
 from struct import Struct
@@ -17,6 +19,7 @@ import pytest
 from blockdev.storage import MemoryStorage
 from tests.abi.headers import run_c
 from tests.xenfs.machine import KIB, MIB, Kernel, Machine, Reply
+from xenfs.calls import JOBS_MOST, Calls, DomainCalls
 from xenfs.fuse import kernel as k
 from xenfs.fuse.tree import Directory
 from xenfs.nodes import privcmd
@@ -30,13 +33,17 @@ from xenmodel.public.xen import DOMID_SELF, MULTICALL_ENTRY, Hypercall
 LINUX, FREEBSD = privcmd.IOCTL_PRIVCMD_HYPERCALL, privcmd.FREEBSD_IOCTL_PRIVCMD_HYPERCALL
 UUID = bytes(range(16))
 PID = os.getpid()
+US, ANOTHER = os.geteuid(), 54321  # users
+REPLY_S = 10
 
 
 class Program:
     """A program in a domain: an open privcmd, and memory."""
 
-    def __init__(self, domain: Domain, kernel: Kernel | None = None) -> None:
-        self.node = Privcmd(domain, 0o640, UUID)
+    def __init__(self, domain: Domain, calls: Calls, kernel: Kernel | None = None, uid: int = US) -> None:
+        self.calls, self.uid = calls, uid
+        self.domain_calls = DomainCalls(calls, domain.domid)
+        self.node = Privcmd(domain, self.domain_calls, 0o640, UUID)
         self.kernel = kernel or Kernel(Directory())
         root = self.kernel.session.root
         assert isinstance(root, Directory)
@@ -46,18 +53,40 @@ class Program:
         self.at = ctypes.addressof(self.memory)
         self.argument = self.at + 1024
 
-    def ioctl(self, command: int, arg: int = 0, data: bytes = b"", pid: int = PID, out_size: int | None = None) -> Reply:
+    def begin(self, command: int, arg: int = 0, data: bytes = b"", pid: int = PID, out_size: int | None = None) -> int:
+        """Its number; until turn() the answer is not there, if the memory has to be asked for by a thread."""
         kernel = self.kernel
         kernel.unique += 2
         body = k.IOCTL_IN.pack(self.fh, 0, command, arg, len(data), len(data) if out_size is None else out_size) + data
-        header = k.IN_HEADER.pack(k.IN_HEADER.size + len(body), k.FUSE_IOCTL, kernel.unique, 0, 0, 0, pid, 0, 0)
+        header = k.IN_HEADER.pack(k.IN_HEADER.size + len(body), k.FUSE_IOCTL, kernel.unique, 0, self.uid, 0, pid, 0, 0)
         kernel.put(header + body)
-        return kernel.wait(kernel.unique)
+        return kernel.unique
+
+    def turn(self) -> None:
+        """Wait until a thread has done something, and go on with that."""
+        assert select.select([self.calls.fd], [], [], REPLY_S)[0], "no thread did anything"
+        with self.calls._done_lock:  # it says so a moment before
+            pass
+        self.calls.step()
+
+    def ioctl(self, command: int, arg: int = 0, data: bytes = b"", pid: int = PID, out_size: int | None = None) -> Reply:
+        unique = self.begin(command, arg, data, pid, out_size)
+        while unique not in self.kernel.replies:
+            self.turn()
+        assert not self.domain_calls.under_way
+        return self.kernel.wait(unique)
+
+    def close(self) -> None:
+        self.domain_calls.close()
+
+    def hypercall(self, op: int, *args: int) -> int:
+        """The address of its structure."""
+        self.memory[: PRIVCMD_HYPERCALL.size] = PRIVCMD_HYPERCALL.pack(op, *(*args, 0, 0, 0, 0, 0)[:5])
+        return self.at
 
     def call(self, op: int, *args: int) -> int:
         """The result of a hypercall, or -errno."""
-        self.memory[: PRIVCMD_HYPERCALL.size] = PRIVCMD_HYPERCALL.pack(op, *(*args, 0, 0, 0, 0, 0)[:5])
-        reply = self.ioctl(LINUX, self.at)
+        reply = self.ioctl(LINUX, self.hypercall(op, *args))
         if reply.error:
             return -reply.error
         result, flags, ins, outs = k.IOCTL_OUT.unpack(reply.data)
@@ -75,11 +104,32 @@ class Program:
         return self.call(Hypercall.event_channel_op, cmd, self.put(layout.pack(*fields)))
 
 
-@pytest.fixture
-def program() -> Program:
+def guest() -> Domain:
     hypervisor = Hypervisor()
     hypervisor.create_domain(4, "Domain-0")
-    return Program(hypervisor.create_domain(4, "guest"))
+    return hypervisor.create_domain(4, "guest")
+
+
+@pytest.fixture
+def calls() -> Iterator[Calls]:
+    calls = Calls()
+    yield calls
+    calls.close()
+
+
+@pytest.fixture(params=[US, ANOTHER], ids=["our user", "another"])
+def program(calls: Calls, request: pytest.FixtureRequest) -> Iterator[Program]:
+    program = Program(guest(), calls, uid=request.param)
+    yield program
+    program.close()
+
+
+@pytest.fixture
+def waiting(calls: Calls) -> Iterator[Program]:
+    """One whose memory is reached by a thread."""
+    program = Program(guest(), calls, uid=ANOTHER)
+    yield program
+    program.close()
 
 
 # --- the device ------------------------------------------------------------------------------------------------------------
@@ -183,6 +233,41 @@ def test_the_domain_is_gone(program: Program):
             hypervisor.create_domain(4, "another", domid)
 
 
+@pytest.mark.parametrize("successor", [False, True])
+@pytest.mark.parametrize("turns", [0, 1, 2])
+def test_the_domain_goes_meanwhile(waiting: Program, turns: int, successor: bool):
+    """Goal: an ioctl that waits for its caller's memory when the domain goes says so, and does nothing for who has its
+    number next.  Method: the end at each of the three copies of one that makes a port."""
+    hypervisor, domid = waiting.node.domain.hypervisor, waiting.node.domain.domid
+    bind = waiting.put(ec.BIND_IPI.pack(0, 0))
+    unique = waiting.begin(LINUX, waiting.hypercall(Hypercall.event_channel_op, ec.EVTCHNOP_bind_ipi, bind))
+    for _ in range(turns):
+        waiting.turn()
+    assert unique not in waiting.kernel.replies and len(waiting.node.domain.events.channels) == (turns == 2)
+    hypervisor.destroy_domain(domid)
+    if successor:
+        hypervisor.create_domain(4, "another", domid)
+    waiting.close()
+    waiting.turn()
+    assert waiting.kernel.replies[unique] == Reply(errno.ENODEV, b"")
+    assert not successor or not hypervisor.domains[domid].events.channels
+
+
+def test_many_at_once(waiting: Program):
+    """Goal: several ioctls of one program wait side by side, each gets its own answer, and beyond a number there is none.
+    Method: as many as a guest may have and one more, for versions and pages in turn; then one again."""
+    cases = [(ver.XENVER_version, 4 << 16 | 17), (ver.XENVER_pagesize, 4096)]
+    for i, (cmd, _) in enumerate(cases):
+        waiting.memory[i * 64 : i * 64 + 48] = PRIVCMD_HYPERCALL.pack(Hypercall.xen_version, cmd, 0, 0, 0, 0)
+    asked = [waiting.begin(LINUX, waiting.at + i % 2 * 64) for i in range(JOBS_MOST + 1)]
+    assert waiting.kernel.replies == {asked.pop(): Reply(errno.EAGAIN, b"")}
+    while not set(asked) <= waiting.kernel.replies.keys():
+        waiting.turn()
+    results = [k.IOCTL_OUT.unpack(waiting.kernel.replies[unique].data)[0] for unique in asked]
+    assert results == [expected for _, expected in cases] * (JOBS_MOST // 2)
+    assert waiting.call(Hypercall.xen_version, ver.XENVER_pagesize) == 4096
+
+
 # --- ports of drivers ------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +297,7 @@ def test_ports_of_running_drivers(machine: Machine, who: str, how: str, when: st
     world, kernel = machine.world, machine.kernel
     victim = machine.guests["a"].domain
     domain = victim if who == "a" else world.hypervisor.domains[0]
-    program = Program(domain, kernel)
+    program = Program(domain, world.devices.calls, kernel)
     fhs = {guest: disk(machine, guest) for guest in "ab"}
     assert kernel.read(fhs["a"], 0, 4 * KIB).data == bytes(4 * KIB)
     if when == "busy":
@@ -246,3 +331,4 @@ def test_ports_of_running_drivers(machine: Machine, who: str, how: str, when: st
         world.destroy(guest.domain.domid)
         kernel.settle()
     assert set(asked) <= kernel.replies.keys()
+    program.close()
