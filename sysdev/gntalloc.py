@@ -50,6 +50,7 @@ class Gntalloc:
         self.arena = arena
         self.limit = limit
         self.used = 0  # pages, until their frames are the domain's again
+        self.stopped = False
         self.users: set[GntallocUser] = set()
         self.lingering: dict[Page, Look] = {}  # nobody can refer to them, but somebody may map them
         self.on_linger: Callable[[], None] = lambda: None  # there is something to sweep()
@@ -63,6 +64,18 @@ class Gntalloc:
     def linger(self, pages: Sequence[Page], look: Look) -> Job[None]:
         """Pages that nobody will refer to again: free those that no process maps."""
         self.lingering.update((page, look) for page in pages)
+        yield from self._free_unmapped(pages, look)
+
+    def sweep(self) -> Job[None]:
+        """Look again at what lingers. The host does it now and then while something does."""
+        by_open: dict[Look, list[Page]] = {}
+        for page, look in self.lingering.items():
+            by_open.setdefault(look, []).append(page)
+        for look, pages in by_open.items():
+            yield from self._free_unmapped(pages, look)
+
+    def _free_unmapped(self, pages: Sequence[Page], look: Look) -> Job[None]:
+        """While we look, others do, too: what no longer lingers has been freed."""
         still = yield from look(sorted(page.index for page in pages))
         for page in pages:
             if page in self.lingering and page.index not in still:
@@ -71,16 +84,9 @@ class Gntalloc:
         if self.lingering:
             self.on_linger()
 
-    def sweep(self) -> Job[None]:
-        """Look again at what lingers. The host does it now and then while something does."""
-        by_open: dict[Look, list[Page]] = {}
-        for page, look in self.lingering.items():
-            by_open.setdefault(look, []).append(page)
-        for look, pages in by_open.items():
-            yield from self.linger(pages, look)
-
     def stop(self) -> None:
         """The domain is going, and all of it with it."""
+        self.stopped = True
         pages, self.lingering = list(self.lingering), {}
         for user in self.users:
             pages += user.pages.values()
@@ -111,10 +117,13 @@ class GntallocUser:
     def alloc(self, domid: int, flags: int, count: int) -> Job[tuple[int, list[Gref]]]:
         """ALLOC_GREF: `count` pages for `domid`: their index, for they are neighbours in the file, and references.
 
-        OSError ENOSPC: more than the limit; ENOMEM: the domain, its grant table or the host has no more."""
+        OSError ENOSPC: more than the limit; ENOMEM: the domain, its grant table or the host has no more; ENODEV: the domain
+        has ended."""
         device = self.device
         if count > device.limit - device.used:
             yield from device.sweep()
+        if device.stopped:
+            raise OSError(errno.ENODEV, f"domain {device.domain.domid} has ended")
         if count > device.limit - device.used:
             raise OSError(errno.ENOSPC, f"domain {device.domain.domid} may grant {device.limit} pages through gntalloc")
         if not count:
@@ -132,17 +141,20 @@ class GntallocUser:
             raise GrantTableFull(f"{count} grants for dev/xen/gntalloc, but only {grants.available} are left")
         first = memory.allocate(count)
         run = device.arena.reserve(count, domid)
+        refs: list[Gref] = []
         try:
-            frames = [Frame(memory, first + i) for i in range(count)]
-            shown = device.arena.show(frames, run, 0)
+            for i in range(count):  # the grant table may need memory, too
+                refs.append(grants.grant_access(domid, Pfn(first + i), readonly=not writable))
+            shown = device.arena.show([Frame(memory, first + i) for i in range(count)], run, 0)
             assert shown, "no disk worker can be writing to new frames"
         except OutOfMemory:
+            for ref in reversed(refs):
+                grants.end_access(ref)
             device.arena.give_up(run, count)
             memory.release(first, count)
             raise
         device.used += count
         index: int = run.offset
-        refs = [grants.grant_access(domid, Pfn(first + i), readonly=not writable) for i in range(count)]
         return [Page(index + i * PAGE_SIZE, Pfn(first + i), ref) for i, ref in enumerate(refs)]
 
     def dealloc(self, index: int, count: int) -> Job[int]:

@@ -70,17 +70,22 @@ class Notify:
 
 
 class GrantMap:
-    """What one MAP_GRANT_REF mapped."""
+    """What one MAP_GRANT_REF mapped: the first `shown` of the mappings can be seen."""
 
-    __slots__ = ("index", "mappings", "notify")
+    __slots__ = ("index", "mappings", "notify", "shown")
 
-    def __init__(self, index: int, mappings: list[Mapping]) -> None:
-        self.index = index
-        self.mappings = mappings
+    def __init__(self) -> None:
+        self.index = 0
+        self.mappings: list[Mapping] = []
+        self.shown = 0
         self.notify: Notify | None = None
 
-    def covers(self, offset: int) -> bool:
-        return self.index <= offset < self.index + len(self.mappings) * PAGE_SIZE
+    def pages(self) -> range:
+        """The offsets of its pages."""
+        return range(self.index, self.index + len(self.mappings) * PAGE_SIZE, PAGE_SIZE)
+
+    def at(self, offset: int) -> Mapping:
+        return self.mappings[(offset - self.index) // PAGE_SIZE]
 
 
 class Gntdev:
@@ -97,14 +102,22 @@ class Gntdev:
         self.users.add(user)
         return user
 
+    def stop(self) -> None:
+        """The domain is going: nothing of others is mapped any more when this returns, but what a disk worker writes to."""
+        for user in list(self.users):
+            for _ in user.close():
+                pass
+
 
 class GntdevUser:
     """One open of it."""
 
     def __init__(self, device: Gntdev) -> None:
         self.device = device
-        self.maps: list[GrantMap] = []
+        self.maps: dict[GrantMap, None] = {}  # what programs can refer to
         self.closed = False
+        self._changing: dict[GrantMap, None] = {}  # others: being mapped or unmapped
+        self._at: dict[int, list[GrantMap]] = {}  # the maps that have the page at an offset, the newest last
 
     # --- mapping -----------------------------------------------------------------------------------------------------
 
@@ -115,25 +128,32 @@ class GntdevUser:
         frame is mapped by another process, in another order. ENOMEM: the host cannot map so many pieces."""
         if not 0 < len(refs) <= REFS_MOST:
             return -errno.EINVAL
-        pinned: list[Mapping] = []
-        shown: list[Mapping] = []
-        status = yield from self._pin(refs, owner, pinned)
+        grant_map = GrantMap()
+        self._changing[grant_map] = None
         try:
-            if status == 0 and not self.closed:
-                index = yield from self._show(pinned, shown)
-                if not self.closed:
-                    self.maps.append(GrantMap(index, pinned))
-                    return index
+            status = yield from self._pin(refs, owner, grant_map)
+            if not status:
+                status = yield from self._show(grant_map)
         except OutOfMemory:
             status = -errno.ENOMEM
         except OSError as error:
             status = -(error.errno or errno.EIO)
-        yield from self._unpin(pinned, len(shown))
-        return status or -errno.EIO
+        if not status:
+            del self._changing[grant_map]
+            self.maps[grant_map] = None
+            for page in grant_map.pages():
+                self._at.setdefault(page, []).append(grant_map)
+            return grant_map.index
+        yield from self._undo(grant_map)
+        return status
 
-    def _pin(self, refs: Sequence[tuple[int, int]], owner: str, mappings: list[Mapping]) -> Job[int]:
-        track = self.device.domain.maptrack
-        for done, (domid, ref) in enumerate(refs, 1):
+    def _pin(self, refs: Sequence[tuple[int, int]], owner: str, grant_map: GrantMap) -> Job[int]:
+        track, mappings = self.device.domain.maptrack, grant_map.mappings
+        for done, (domid, ref) in enumerate(refs):
+            if done and done % SLICE == 0:
+                yield Pause.TURN
+            if self.closed:
+                return -errno.EIO
             status, mapping = track.map(domid, ref, GNTMAP_host_map)
             if mapping is None and status != GNTST_no_device_space:
                 status, mapping = track.map(domid, ref, GNTMAP_host_map | GNTMAP_readonly)
@@ -141,89 +161,102 @@ class GntdevUser:
                 return -errno.ENOSPC if status == GNTST_no_device_space else -errno.EINVAL
             mapping.owner = owner
             mappings.append(mapping)
-            if done % SLICE == 0:
-                yield Pause.TURN
         return 0
 
-    def _show(self, mappings: list[Mapping], shown: list[Mapping]) -> Job[int]:
-        """Make them visible; the offset at which they are. What was done is in `shown`, also after an exception."""
-        arena, domid = self.device.arena, self.device.domain.domid
-        offset = arena.where(mappings[0].frame)
-        run = arena.reserve(len(mappings), domid) if offset is None else None
+    def _show(self, grant_map: GrantMap) -> Job[int]:
+        """Make them visible. What was done is in `shown`, also after an exception."""
+        arena, domid, count = self.device.arena, self.device.domain.domid, len(grant_map.mappings)
+        offset = arena.where(grant_map.mappings[0].frame)
+        run = arena.reserve(count, domid) if offset is None else None
+        grant_map.index = int(run.offset) if run is not None else offset or 0
+        done = 0
         try:
-            while len(shown) < len(mappings):
-                part = mappings[len(shown) : len(shown) + SLICE]
-                frames = [mapping.frame for mapping in part]
-                if offset is not None:
-                    arena.join(frames, offset + len(shown) * PAGE_SIZE, domid)
-                elif not arena.show(frames, run, len(shown)):
-                    yield Pause.EVENT
-                    continue
-                shown += part
-                if len(shown) < len(mappings):
-                    yield Pause.TURN
+            while True:
+                frames = [mapping.frame for mapping in grant_map.mappings[done : done + SLICE]]
+                if run is None:
+                    arena.join(frames, grant_map.index + done * PAGE_SIZE, domid)
+                elif not arena.show(frames, run, done):
+                    frames = []
+                done += len(frames)
+                grant_map.shown = done
+                if done == count:
+                    return 0
+                yield Pause.TURN if frames else Pause.EVENT
+                if self.closed:
+                    return -errno.EIO  # and undone
         finally:
             if run is not None:
-                arena.give_up(run, len(mappings) - len(shown))
-        return int(run.offset) if run is not None else offset or 0
+                arena.give_up(run, count - done)
 
     # --- unmapping ---------------------------------------------------------------------------------------------------
 
     def unmap(self, index: int, count: int) -> Job[int]:
         """UNMAP_GRANT_REF: ENOENT if no MAP gave that index and count."""
-        for grant_map in self.maps:
+        for grant_map in reversed(self._at.get(index, ())):
             if grant_map.index == index and len(grant_map.mappings) == count:
-                return (yield from self._unmap(grant_map))
+                self._forget(grant_map)
+                yield from self._undo(grant_map)
+                return 0
         return -errno.ENOENT
 
     def close(self) -> Job[int]:
-        """The descriptor is gone: all of it."""
+        """The descriptor is gone: all of it, also what other jobs have begun. These find nothing left to do."""
         self.closed = True
-        self.device.users.discard(self)
-        for grant_map in list(self.maps):
-            yield from self._unmap(grant_map)
-        return 0
-
-    def _unmap(self, grant_map: GrantMap) -> Job[int]:
-        if grant_map not in self.maps:
-            return 0  # it is being unmapped
-        self.maps.remove(grant_map)
-        if grant_map.notify is not None:
-            mapping = grant_map.mappings[(grant_map.notify.at - grant_map.index) // PAGE_SIZE]
-            grant_map.notify.fire(None if mapping.readonly else mapping.view)
-        return (yield from self._unpin(grant_map.mappings, len(grant_map.mappings)))
-
-    def _unpin(self, mappings: list[Mapping], shown: int) -> Job[int]:
-        """Undo mappings, of which the first `shown` can be seen: once a frame is where its owner expects it to be."""
-        unmap, leave = self.device.domain.maptrack.unmap, self.device.arena.leave
-        for first in range(0, shown, SLICE):
-            part = mappings[first : min(first + SLICE, shown)]
-            leave([(mapping.frame, partial(unmap, mapping.handle)) for mapping in part])
-            if first + SLICE < shown:
+        done = 0
+        while self.maps:
+            grant_map = next(iter(self.maps))
+            done += len(grant_map.mappings)
+            self._forget(grant_map)
+            yield from self._undo(grant_map)
+            if done >= SLICE:
+                done = 0
                 yield Pause.TURN
-        for mapping in mappings[shown:]:
-            unmap(mapping.handle)
+        for grant_map in list(self._changing):
+            yield from self._undo(grant_map)
+        self.device.users.discard(self)
         return 0
+
+    def _forget(self, grant_map: GrantMap) -> None:
+        """No program can refer to it any more; its notification is sent."""
+        del self.maps[grant_map]
+        self._changing[grant_map] = None
+        for page in grant_map.pages():
+            self._at[page].remove(grant_map)
+            if not self._at[page]:
+                del self._at[page]
+        if grant_map.notify is not None:
+            mapping = grant_map.at(grant_map.notify.at)
+            grant_map.notify.fire(None if mapping.readonly else mapping.view)
+
+    def _undo(self, grant_map: GrantMap) -> Job[None]:
+        """Unmap what is left of it: what can be seen, once a frame is where its owner expects it to be."""
+        unmap, leave, mappings = self.device.domain.maptrack.unmap, self.device.arena.leave, grant_map.mappings
+        while mappings:
+            first = max(0, len(mappings) - SLICE)
+            part, shown = mappings[first:], max(0, grant_map.shown - first)
+            del mappings[first:]
+            grant_map.shown = min(grant_map.shown, first)
+            leave([(mapping.frame, partial(unmap, mapping.handle)) for mapping in part[:shown]])
+            for mapping in part[shown:]:
+                unmap(mapping.handle)
+            if mappings:
+                yield Pause.TURN
+        self._changing.pop(grant_map, None)
 
     # --- the others ----------------------------------------------------------------------------------------------------
 
-    def find(self, offset: int) -> tuple[int, int] | None:
-        """GET_OFFSET_FOR_VADDR, once the offset behind the address is known: index and count of that map."""
-        for grant_map in self.maps:
-            if grant_map.covers(offset):
-                return grant_map.index, len(grant_map.mappings)
-        return None
+    def find(self, offset: int) -> list[tuple[int, int]]:
+        """Index and count of each map that has the page at an offset, the newest last: all of them show the same there."""
+        return [(grant_map.index, len(grant_map.mappings)) for grant_map in self._at.get(offset & -PAGE_SIZE, ())]
 
     def set_unmap_notify(self, at: int, action: int, port: int) -> int:
         """SET_UNMAP_NOTIFY: `at` is an index plus the place of a byte. ENOENT: not in a map of ours; EINVAL: see Notify, or
-        a byte of a grant that is read-only."""
-        for grant_map in self.maps:
-            if grant_map.covers(at):
-                break
-        else:
+        a byte of a grant that is read-only. Of several maps with that page it is for the newest."""
+        maps = self._at.get(at & -PAGE_SIZE)
+        if maps is None:
             return -errno.ENOENT
-        mapping = grant_map.mappings[(at - grant_map.index) // PAGE_SIZE]
-        if action & UNMAP_NOTIFY_CLEAR_BYTE and mapping.readonly:
+        grant_map = maps[-1]
+        if action & UNMAP_NOTIFY_CLEAR_BYTE and grant_map.at(at).readonly:
             return -errno.EINVAL
         try:
             notify = Notify(self.device.evtchn, action, at, port)

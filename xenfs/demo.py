@@ -44,7 +44,7 @@ TOOLS = (
 PACKAGES = "e2fsprogs, mount, util-linux, iproute2, iputils-ping, python3 and xenstore-utils"
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"  # not on everybody's PATH
 ALL = 1000  # lines: more than the store of two guests has
-EVTCHN = "mnt/domains/0/inspect/evtchn"
+EVTCHN = "mnt/dev/xen/evtchn"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -32,6 +32,7 @@ from xenfs.storesocket import SocketError
 log = logging.getLogger("xenfs.up")
 
 DRAIN_S = 10.0
+RELEASE_S = 0.3  # from close(2), or the end of a loop device, to FUSE's RELEASE
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -146,6 +147,9 @@ async def _obey(signals: AsyncIterator[int], world: World, stop: trio.Event) -> 
 
 async def _finish(world: World, session: Session, mounted: Mount) -> None:
     """Take the mount away (in a thread: the kernel may ask us something), finish what is under way, flush."""
+    with trio.move_on_after(RELEASE_S):  # who closed it need not have waited until we heard of it
+        while session.has_open(Disk):
+            await trio.sleep(0.01)
     if session.has_open(Disk):
         # a file system may be mounted on a disk through a loop device: what it has not written yet is written now
         log.warning("a disk is still open: syncing, then its users are cut off")

@@ -162,18 +162,21 @@ def test_killed_at_random(xen, seed):
 
 def test_many_programs(xen):
     """Goal: programs that share and map all the time do not disturb one another, nor xenfs when it looks which pages are
-    still in use.  Method: eight of them in three domains for some seconds; then all are killed at once."""
-    one = xen.grants(1)
-    given = {domid: shared(one, "rw", domid, 16)[1] for domid in (0, 2)}
+    still in use.  Method: eight of a domain that has nearly reached its limit; all are killed at once."""
+    one, holder = xen.grants(1), xen.grants(2)
+    _, refs = shared(one, "rw", 2, 16)
+    area, _ = shared(holder, "rw", 1, LIMIT - 40)
+    holder.ok("fill", area, 1)
     before = xen.held(0, 1, 2)
-    programs = [xen.grants(domid) for domid in (0, 2) * 4]
+    programs = [xen.grants(2) for _ in range(8)]
     for i, program in enumerate(programs):
-        program.send("churn", i, 1, *given[(0, 2)[i % 2]])
+        program.send("churn", i, 1, *refs)
     for program in programs:
         assert program.quiet(0.5)
     for program in programs:
         program.process.kill()
     xen.wait_held(before, 0, 1, 2)
+    holder.ok("check", area, 1)
 
 
 def test_stopped_program(xen):

@@ -22,7 +22,9 @@ from xenfs import caller
 from xenfs.arena import Arena
 from xenfs.calls import DomainCalls, Result
 from xenfs.fuse import kernel as k
+from xenfs.fuse.session import Session
 from xenfs.fuse.tree import Change, Ioctl, Node, Opened, refuse
+from xenmodel.types import PAGE_SIZE
 from xenmodel.xenstore.perms import CONTROL_DOMAIN
 
 OPENS_MOST = 256  # of a domain; domain 0 has no such limit
@@ -90,6 +92,9 @@ class GrantFile(Node):
             self.pids.add(caller.thread_group(request.pid))
         self.node.calls.run(request, command(self, request))
 
+    def write(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
+        raise refuse(errno.EINVAL)
+
     def setattr(self, change: Change) -> None:
         self.node.setattr(change)
 
@@ -117,7 +122,7 @@ Command = Callable[[GrantFile, Ioctl], Job[Result]]
 def _structure(request: Ioctl, layout: Struct) -> Job[bytes]:
     """The caller's structure: what FUSE brought, else from its memory."""
     if len(request.data) >= layout.size:
-        return request.data
+        return request.data[: layout.size]
     data: bytes = yield Read(request.arg, layout.size)
     return data
 
@@ -155,21 +160,43 @@ def _refs(file: GrantFile, count: int, address: int) -> Job[list[tuple[int, int]
 
 
 def unmap_grant_ref(file: GrantFile, request: Ioctl) -> Job[Result]:
-    index, count = _INDEX_COUNT.unpack_from((yield from _structure(request, _INDEX_COUNT)))
+    index, count = _INDEX_COUNT.unpack((yield from _structure(request, _INDEX_COUNT)))
     return (yield from _status(file.grants.unmap(index, count)))
 
 
 def get_offset_for_vaddr(file: GrantFile, request: Ioctl) -> Job[Result]:
-    vaddr, _, _ = _VADDR.unpack_from((yield from _structure(request, _VADDR)))
-    offset = yield MapAt(vaddr, file.node.arena.device, file.node.ino)
-    found = None if offset is None else file.grants.find(offset)
-    if found is None:
+    vaddr, _, _ = _VADDR.unpack((yield from _structure(request, _VADDR)))
+    offset = yield from _mapped_at(file, vaddr)
+    found = file.grants.find(offset) if offset is not None else []
+    if not found:
         raise refuse(errno.EINVAL)
-    reply = _VADDR.pack(vaddr, *found)
+    begin_here = sorted(one for one in found if one[0] == offset)
+    index, count = (yield from _longest(file, vaddr, begin_here)) if begin_here else found[-1]
+    reply = _VADDR.pack(vaddr, index, count)
     if request.out_size:
         return 0, reply
     yield Write(request.arg + 8, reply[8:20])
     return 0
+
+
+def _mapped_at(file: GrantFile, vaddr: int) -> Job[int | None]:
+    """The offset of the page that the caller has mapped there."""
+    offset: int | None = yield MapAt(vaddr, file.node.arena.device, file.node.ino)
+    return None if offset is None else offset & -PAGE_SIZE
+
+
+def _longest(file: GrantFile, vaddr: int, maps: Sequence[tuple[int, int]]) -> Job[tuple[int, int]]:
+    """Which of several maps of the same pages, ascending in count, an address belongs to: the longest that is all there."""
+    low, high = 0, len(maps) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        index, count = maps[middle]
+        last = (count - 1) * PAGE_SIZE
+        if maps[low][1] == count or (yield from _mapped_at(file, vaddr + last)) == index + last:
+            low = middle
+        else:
+            high = middle - 1
+    return maps[low]
 
 
 def set_max_grants(file: GrantFile, request: Ioctl) -> Job[Result]:
@@ -179,7 +206,7 @@ def set_max_grants(file: GrantFile, request: Ioctl) -> Job[Result]:
 
 
 def set_unmap_notify(file: GrantFile, request: Ioctl) -> Job[Result]:
-    at, action, port = _NOTIFY.unpack_from((yield from _structure(request, _NOTIFY)))
+    at, action, port = _NOTIFY.unpack((yield from _structure(request, _NOTIFY)))
     status = file.grants.set_unmap_notify(at, action, port)
     if status == -errno.ENOENT:  # with FreeBSD it may be a page of our own
         status = file.pages.set_unmap_notify(at, action, port)
@@ -227,7 +254,7 @@ def _alloc(file: GrantFile, request: Ioctl, what: tuple[int, int, int], refs_at:
 
 
 def dealloc_gref(file: GrantFile, request: Ioctl) -> Job[Result]:
-    index, count = _INDEX_COUNT.unpack_from((yield from _structure(request, _INDEX_COUNT)))
+    index, count = _INDEX_COUNT.unpack((yield from _structure(request, _INDEX_COUNT)))
     return (yield from _status(file.pages.dealloc(index, count)))
 
 
