@@ -9,21 +9,22 @@ All therefore map this one, and are kept apart by where things are: it is 2**62 
 run of frames is at a random place in it. Who does not know a place finds a hole there, and a page of nothing. A run holds
 only frames that one domain may map, for who knows one page knows its neighbours. docs/adr/0018 says what was weighed.
 
-Invariants: a frame is away from home exactly while it has a slot; a slot has users, or waits in `_leaving` to go home.
+Invariants: a frame is away from home exactly while it has a slot; a slot has users, or waits to go home: in `_leaving` for
+who writes to it, in `_kept` because it lies between others in one mapping of ours, and we may not have more.
 Left out: write protection of read-only grants: all pages of one file are writable to who opened it for writing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
 import logging
 import os
 from bisect import bisect
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from struct import Struct
 
 from xenmodel.memory import Frame, OutOfMemory
@@ -33,6 +34,7 @@ log = logging.getLogger("xenfs.arena")
 
 SIZE = 1 << 62
 MAPS_OF_OURS = 8192  # mappings this process may need for everything else
+LOOKS_MOST = 64  # at frames that somebody still writes to, in one step
 _FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501  # <linux/fuse.h>
 _BACKING_MAP = Struct("<iIQ")  # fd flags padding
 _FS_IOC_SETFLAGS, _FS_IMMUTABLE_FL = 0x40086602, 0x10  # <linux/fs.h>
@@ -46,12 +48,11 @@ Fills = Callable[[Sequence[range]], bool]
 class Run:
     """A stretch of the file, in pages, for one domain. `left` of them have a frame, or may still get one."""
 
-    __slots__ = ("domid", "end", "first", "left", "pieces")
+    __slots__ = ("domid", "end", "first", "left")
 
     def __init__(self, first: int, count: int, domid: int) -> None:
         self.first, self.end, self.left = first, first + count, count
         self.domid = domid
-        self.pieces = 0  # mappings of ours that it takes
 
     @property
     def offset(self) -> int:
@@ -82,10 +83,12 @@ class Arena:
         os.fchmod(self.fd, 0o600)  # mincore(2) tells others nothing
         self._slots: dict[Frame, Slot] = {}
         self._runs: list[Run] = []  # ascending
-        self._pieces: Counter[int] = Counter()  # by the domain they are shown to
+        self._pieces: Counter[int] = Counter()  # mappings of ours that it takes, by the domain that may see them
         with open("/proc/sys/vm/max_map_count") as file:
             self._most_pieces = max(int(file.read()) - MAPS_OF_OURS, 0) // 2  # each can cut another mapping in two
-        self._leaving: list[Frame] = []
+        self._leaving: deque[tuple[Frame, int]] = deque()  # neighbours
+        self._kept: defaultdict[int, set[Frame]] = defaultdict(set)  # by the domain that may see them
+        self._failing = False  # the host could not map a frame at home; that is said once
         self._flagged = True
         self._protect(True)
 
@@ -115,7 +118,6 @@ class Arena:
         run.left -= count
         assert run.left >= 0, f"run {run.first:#x} has {run.left} pages left"
         if not run.left:
-            self._pieces[run.domid] -= run.pieces
             del self._runs[self._after(run.first) - 1]
 
     def _after(self, page: int) -> int:
@@ -134,25 +136,28 @@ class Arena:
         for page, slot in enumerate(slots, offset // PAGE_SIZE):
             if slot is None or slot.page != page or slot.run.domid != domid:
                 raise _busy()
-        for slot in slots:
-            assert slot is not None, "seen above"
+        joined = [slot for slot in slots if slot is not None]
+        for slot in joined:
             slot.users += 1
+        for slot in joined:
+            _call(slot)  # if it was leaving, it does not
 
     def show(self, frames: Sequence[Frame], run: Run, index: int) -> bool:
-        """Put frames there, from page `index` of `run` on. False, and nothing happens, while a disk worker writes to one.
+        """Put frames there, from page `index` of `run` on. False, and nothing happens, while a disk worker writes to one, or
+        one has yet to go home from where it was.
 
         Nor does anything if it fails: OSError EBUSY if one is somewhere here already; OutOfMemory if the host cannot map so
         many pieces."""
-        if any(frame in self._slots for frame in frames) or len(set(frames)) < len(frames):
+        there = [slot for frame in frames if (slot := self._slots.get(frame)) is not None]
+        if any(slot.users for slot in there) or len(set(frames)) < len(frames):
             raise _busy()
+        if there:  # leaving
+            return False
         pieces = _neighbours(frames)
-        of_all = sum(self._pieces.values()) + len(pieces)
-        if of_all > self._most_pieces or (run.domid and self._pieces[run.domid] + len(pieces) > self._most_pieces // 4):
-            raise OutOfMemory(f"{of_all} pieces of memory for processes: the host's vm.max_map_count sets a limit")
+        if self._room(run.domid) < len(pieces):
+            raise OutOfMemory("too many pieces of memory for processes: the host's vm.max_map_count sets a limit")
         if self.fills([_addresses(frame, count) for frame, count in pieces]):
             return False
-        run.pieces += len(pieces)
-        self._pieces[run.domid] += len(pieces)
         page = run.first + index
         for frame, count in pieces:
             try:
@@ -164,8 +169,19 @@ class Arena:
                 raise
             for i in range(count):
                 self._slots[Frame(frame.memory, frame.pfn + i)] = Slot(run, page + i)
+            self._pieces[run.domid] += 1 - len(self._around(frame, count, page))
             page += count
         return True
+
+    def _room(self, domid: int) -> int:
+        """How many more pieces processes of that domain may see: a guest a quarter of all, domain 0 what is left."""
+        left = self._most_pieces - sum(self._pieces.values())
+        return min(left, self._most_pieces // 4 - self._pieces[domid]) if domid else left
+
+    def _around(self, frame: Frame, count: int, page: int) -> list[Frame]:
+        """The frames before and after `count` of them, from `frame` at `page` on, if they are part of the same mapping."""
+        beside = ((Frame(frame.memory, frame.pfn - 1), page - 1), (Frame(frame.memory, frame.pfn + count), page + count))
+        return [one for one, at in beside if (slot := self._slots.get(one)) is not None and slot.page == at]
 
     def leave(self, users: Iterable[tuple[Frame, Callable[[], object]]]) -> None:
         """One user less of each frame. A frame that nobody looks at any more goes home, now or as soon as no disk worker
@@ -184,30 +200,68 @@ class Arena:
 
     def step(self) -> None:
         """Try again what could not go home. Called when disk workers have done something."""
-        if self._leaving:
-            leaving, self._leaving = self._leaving, []
-            for frame in leaving:
-                if (slot := self._slots.get(frame)) is not None and slot.users:
-                    _call(slot)  # it is shown again
-            self._bring_home([frame for frame in set(leaving) if frame in self._slots and not self._slots[frame].users])
+        looks = LOOKS_MOST
+        for _ in range(len(self._leaving)):
+            first, count = self._leaving.popleft()
+            if self.fills([_addresses(first, count)]):
+                self._leaving.append((first, count))
+                looks -= 1
+                if not looks:
+                    break
+            else:
+                frames = (Frame(first.memory, first.pfn + i) for i in range(count))
+                self._bring_home([one for one in frames if (slot := self._slots.get(one)) is not None and not slot.users])
+        for domid, kept in self._kept.items():
+            if kept and (room := self._room(domid)) > 0:
+                frames = set(islice(kept, room))
+                kept -= frames
+                self._bring_home([one for one in frames if (slot := self._slots.get(one)) is not None and not slot.users])
 
     def _bring_home(self, frames: list[Frame]) -> None:
-        for first, count in _neighbours(sorted(frames, key=_place)):
+        """Frames without users."""
+        stretches = self._stretches(sorted(frames, key=_place))
+        for first, count in stretches:  # which grow
+            slot = self._slots[first]
+            around, domid = self._around(first, count, slot.page), slot.run.domid
             run = [Frame(first.memory, first.pfn + i) for i in range(count)]
             if self.fills([_addresses(first, count)]):
-                self._leaving += run
+                self._leaving.append((first, count))
+                continue
+            if len(around) == 2 and self._room(domid) < 1:
+                self._kept[domid].update(run)
                 continue
             try:
                 first.memory.bring_home(first.pfn, count)
             except OutOfMemory as error:
-                log.error("%s", error)  # they stay here, where they do no harm
+                if not self._failing:
+                    log.error("%s", error)
+                self._failing = True
+                self._leaving.append((first, count))  # meanwhile they do no harm here
                 continue
+            self._failing = False
             slots = [self._slots.pop(frame) for frame in run]
-            for page, number in _stretches([slot.page for slot in slots]):
-                self._punch(page * PAGE_SIZE, number * PAGE_SIZE)
+            self._pieces[domid] += len(around) - 1
+            self._punch(slot.page * PAGE_SIZE, count * PAGE_SIZE)
+            for one in around:  # no longer between others
+                if one in self._kept[domid]:
+                    self._kept[domid].remove(one)
+                    if not self._slots[one].users:
+                        stretches.append((one, 1))
             for slot in slots:
                 self.give_up(slot.run, 1)
                 _call(slot)
+
+    def _stretches(self, frames: Sequence[Frame]) -> list[tuple[Frame, int]]:
+        """Ascending frames as runs of those that are neighbours here, too: the first, and how many."""
+        found: list[tuple[Frame, int]] = []
+        for first, count in _neighbours(frames):
+            start = 0
+            for i in range(1, count + 1):
+                before, here = Frame(first.memory, first.pfn + i - 1), Frame(first.memory, first.pfn + i)
+                if i == count or self._slots[here].page != self._slots[before].page + 1:
+                    found.append((Frame(first.memory, first.pfn + start), i - start))
+                    start = i
+        return found
 
     def sweep(self) -> None:
         """Give back pages that processes made by touching holes. Called when a process has closed its descriptor."""
@@ -216,22 +270,16 @@ class Arena:
         at = 0
         while at < SIZE:
             try:
-                start = os.lseek(self.fd, at, os.SEEK_DATA)
+                page = os.lseek(self.fd, at, os.SEEK_DATA) // PAGE_SIZE
             except OSError:  # ENXIO: no more
                 return
-            at = os.lseek(self.fd, start, os.SEEK_HOLE)
-            self._punch_around(start // PAGE_SIZE, at // PAGE_SIZE)
-
-    def _punch_around(self, first: int, end: int) -> None:
-        """Punch the pages from `first` to before `end`, but those of runs."""
-        at = max(0, self._after(first) - 1)
-        while first < end:
-            while at < len(self._runs) and self._runs[at].end <= first:
-                at += 1
-            start, stop = (self._runs[at].first, self._runs[at].end) if at < len(self._runs) else (end, end)
-            if first < start:
-                self._punch(first * PAGE_SIZE, (min(start, end) - first) * PAGE_SIZE)
-            first = max(first, min(stop, end))
+            following = self._after(page)
+            if following and page < self._runs[following - 1].end:
+                at = self._runs[following - 1].end * PAGE_SIZE
+                continue
+            # all up to the next run at once: a process may have touched pages by the million
+            at = self._runs[following].offset if following < len(self._runs) else SIZE
+            self._punch(page * PAGE_SIZE, at - page * PAGE_SIZE)
 
     def _punch(self, offset: int, length: int) -> None:
         self._protect(False)
@@ -250,8 +298,9 @@ class Arena:
 
     def close(self) -> None:
         self.backing_id = 0
-        with contextlib.suppress(OSError):
+        if self.fd >= 0:
             os.close(self.fd)
+            self.fd = -1
 
 
 def _busy() -> OSError:
@@ -267,17 +316,6 @@ def _neighbours(frames: Sequence[Frame]) -> list[tuple[Frame, int]]:
         else:
             runs.append((frame, 1))
     return runs
-
-
-def _stretches(pages: Sequence[int]) -> list[tuple[int, int]]:
-    """Where numbers count up: the first of each stretch, and how many."""
-    found: list[tuple[int, int]] = []
-    for page in pages:
-        if found and sum(found[-1]) == page:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((page, 1))
-    return found
 
 
 def _call(slot: Slot) -> None:

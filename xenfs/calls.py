@@ -19,7 +19,7 @@ import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from sysdev.steps import Job, MapAt, Maps, Pause, Read, Step, TransferIn, TransferOut, Write
@@ -65,25 +65,28 @@ class Calls:
         return False
 
     def step(self) -> bool:
-        """Go on with what can go on, each for one turn; True if some want another at once."""
+        """Go on with what can go on, each for one turn; True if some want another at once, or if memory is filled now, for
+        which others (the arena) may have waited."""
+        filled = False
         if self._done:
             with self._done_lock:
                 os.eventfd_read(self.fd)
                 done, self._done = self._done, []
             for running, value, error in done:
-                self._filling.pop(id(running.job), None)
+                running.calls.queued -= 1
+                filled |= self._filling.pop(id(running.job), None) is not None
                 self.advance(running, value, error)
         for _ in range(len(self._next)):
             self.advance(self._next.popleft())
         waiting, self._waiting = self._waiting, []
         for running in waiting:
             self.advance(running)
-        return bool(self._next)
+        return bool(self._next) or filled
 
     def finished(self, running: Running, value: Any, error: OSError | None) -> None:
         """In a thread: a step is done."""
         with self._done_lock:
-            if not self._done:
+            if not self._done and self.fd >= 0:
                 os.eventfd_write(self.fd, 1)
             self._done.append((running, value, error))
 
@@ -120,7 +123,9 @@ class Calls:
         )
 
     def close(self) -> None:
-        os.close(self.fd)
+        with self._done_lock:  # a thread that was left behind may come back yet
+            os.close(self.fd)
+            self.fd = -1
 
 
 class DomainCalls:
@@ -130,9 +135,10 @@ class DomainCalls:
         self.calls = calls
         self.domid = domid
         self.under_way = 0
+        self.queued = 0  # steps that are not reaped
+        self.closed = False
         self._threads: list[threading.Thread] = []
         self._queue: SimpleQueue[tuple[Running, Step] | None] = SimpleQueue()
-        self._queued = 0  # steps that no thread has finished
 
     def run(self, request: Ioctl | None, job: Job[Any]) -> None:
         """Begin a job. Its Result answers `request`, if there is one; a job of our own never fails.
@@ -144,22 +150,46 @@ class DomainCalls:
         self.calls.advance(Running(self, request, job))
 
     def put(self, running: Running, step: Step) -> None:
-        self._queued += 1
-        if self._queued > len(self._threads) < THREADS_MOST:
+        """Have a thread do it."""
+        self.queued += 1
+        if self.closed:
+            self._fail(running, errno.ENODEV)
+            return
+        if self.queued > len(self._threads) < THREADS_MOST:
             thread = threading.Thread(target=self._work, name=f"caller-{self.domid}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+                self._threads.append(thread)
+            except RuntimeError:  # the host has no more
+                if not self._threads and running.request is not None:
+                    self._fail(running, errno.EAGAIN)
+                    return
         self._queue.put((running, step))
+
+    def _fail(self, running: Running, number: int) -> None:
+        """A step that will not be done. The job learns of it in its next turn; one of our own, which cannot fail, ends."""
+        if running.request is not None:
+            self.calls.finished(running, None, OSError(number, os.strerror(number)))
+            return
+        self.queued -= 1
+        self.under_way -= 1
+        running.job.close()
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             running, step = item
             value, error = _try(_far, running, step)
-            self._queued -= 1  # only a hint for put()
             self.calls.finished(running, value, error)
 
     def close(self) -> None:
-        """No job will come any more. A thread that waits for its caller's memory is left behind."""
+        """The domain is gone: jobs that ask for another step get ENODEV, also those that were in the queue. A thread that
+        waits for its caller's memory is left behind."""
+        self.closed = True
+        with contextlib.suppress(Empty):
+            while True:
+                item = self._queue.get_nowait()
+                assert item is not None, "closed once"
+                self._fail(item[0], errno.ENODEV)
         for _ in self._threads:
             self._queue.put(None)
 

@@ -108,7 +108,7 @@ class GuestMemory:
     def bring_home(self, pfn: int, count: int) -> None:
         """Undo move(). What is left at the other place is its owner's business."""
         if self.fd >= 0:
-            self._move(pfn, count, self.fd, pfn * PAGE_SIZE)
+            self._return(pfn, count)
         else:  # the domain is gone, but somebody may have a view of the frame
             self._move(pfn, count, -1, 0)
         for i in range(count):
@@ -119,15 +119,24 @@ class GuestMemory:
         """Copy, and take the place of the old mapping in one step."""
         size, address = count * PAGE_SIZE, self.address(pfn)
         protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | (mmap.MAP_ANONYMOUS if fd < 0 else 0)
-        MREMAP_MAYMOVE_FIXED = 3
         new = _libc.mmap(None, size, protection, flags, fd, offset)
         if new == _MAP_FAILED:
-            raise OutOfMemory(f"a guest frame cannot be mapped: {os.strerror(ctypes.get_errno())}")
+            raise _unmappable()
         ctypes.memmove(new, address, size)
-        if _libc.mremap(new, size, size, MREMAP_MAYMOVE_FIXED, ctypes.c_void_p(address)) != address:
-            reason = os.strerror(ctypes.get_errno())
+        if _libc.mremap(new, size, size, _MREMAP_MAYMOVE_FIXED, ctypes.c_void_p(address)) != address:
+            error = _unmappable()
             _libc.munmap(new, size)
-            raise OutOfMemory(f"a guest frame cannot be mapped: {reason}")
+            raise error
+
+    def _return(self, pfn: int, count: int) -> None:
+        """The same, to our own file, without a mapping more at any time: it must work where move() just failed."""
+        size, address, offset = count * PAGE_SIZE, self.address(pfn), pfn * PAGE_SIZE
+        done = 0
+        while done < size:
+            if (written := _libc.pwrite(self.fd, address + done, size - done, offset + done)) <= 0:
+                raise _unmappable()
+            done += written
+        _map_over(address, size, self.fd, offset)
 
     def _follow(self, pfn: int, count: int) -> None:
         """Windows of vmap() show these frames where they are now."""
@@ -139,16 +148,19 @@ class GuestMemory:
                 self._show(frame, at)
 
     def _show(self, pfn: int, at: int) -> None:
-        """Map one frame at an address of ours. MAP_FIXED: it replaces a page of our own window."""
+        """Map one frame at an address of ours, inside a window."""
         fd, offset = self._away.get(pfn, (self.fd, pfn * PAGE_SIZE))
-        MAP_FIXED, MAP_POPULATE = 0x10, 0x8000
-        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED | MAP_POPULATE
-        if _libc.mmap(at, PAGE_SIZE, protection, flags, fd, offset) != at:
-            raise OutOfMemory(f"a guest frame cannot be mapped: {os.strerror(ctypes.get_errno())}")
+        if fd >= 0:
+            _map_over(at, PAGE_SIZE, fd, offset)
+        # the file is gone: an old size of 0 makes a second mapping of the same pages
+        elif _libc.mremap(self.address(pfn), 0, PAGE_SIZE, _MREMAP_MAYMOVE_FIXED, ctypes.c_void_p(at)) != at:
+            raise _unmappable()
 
     def show(self, pfn: int, window: mmap.mmap, at: int) -> None:
         """Map one frame at an address inside `window`, too, for as long as that lives."""
         self.run(Pfn(pfn))
+        if self.fd < 0:
+            raise OutOfMemory("a guest frame cannot be mapped: its domain is gone")
         self._show(pfn, at)
         self._windows.setdefault(pfn, []).append((weakref.ref(window), at))
 
@@ -180,7 +192,22 @@ _libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.pwrite.restype = ctypes.c_ssize_t
+_libc.pwrite.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_MREMAP_MAYMOVE_FIXED = 3
+
+
+def _map_over(address: int, size: int, fd: int, offset: int) -> None:
+    """Map part of a file in place of what is at an address of ours. OutOfMemory, and nothing changed, if that fails."""
+    MAP_FIXED, MAP_POPULATE = 0x10, 0x8000
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED | MAP_POPULATE
+    if _libc.mmap(address, size, protection, flags, fd, offset) != address:
+        raise _unmappable()
+
+
+def _unmappable() -> OutOfMemory:
+    return OutOfMemory(f"a guest frame cannot be mapped: {os.strerror(ctypes.get_errno())}")
 
 
 def vmap(frames: Sequence[Frame]) -> memoryview:

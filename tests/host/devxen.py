@@ -205,7 +205,7 @@ class DevXen:
         for program in self.programs:
             program.close()
         if self._made:
-            with contextlib.suppress(BlockingIOError):  # somebody else's programs have it, too
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):  # others have it, too; or have removed it
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 DEV_XEN.rmdir()
         os.close(self._lock)

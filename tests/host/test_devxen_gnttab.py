@@ -121,6 +121,30 @@ def test_order(xen):
     xen.wait_held(before, 1, 2)
 
 
+def test_neighbours_and_overlaps(xen):
+    """Goal: mappings of a program that lie side by side, or show the same pages, are each their own.
+    Method: parts of a share that are adjacent in the file and in memory, which the kernel merges into one; parts of parts;
+    unmapped in an order that is not that of mapping, and what is left is looked at."""
+    one, other = xen.grants(1), xen.grants(2)
+    area, refs = shared(one, "rw", 2, 12)
+    before = xen.held(1, 2)
+    parts = [(8, 12), (4, 8), (0, 4), (0, 12), (0, 4), (2, 4), (2, 3), (0, 1), (6, 10)]
+    mapped = {}
+    for first, last in parts:
+        mapped[other.number("map", "rw", 1, *refs[first:last])] = first, last
+    left = list(mapped)
+    random.Random(1).shuffle(left)
+    for number, gone in enumerate(left, 1):
+        other.ok("unmap", gone)
+        for i in range(12):
+            one.ok("write", area, i * PAGE + 8, f"{number:02x}{i:02x}")
+        for still in left[number:]:
+            first, last = mapped[still]
+            for i in range(first, last):
+                assert other.ask("read", still, (i - first) * PAGE + 8, 2) == f"{number:02x}{i:02x}"
+    xen.wait_held(before, 1, 2)
+
+
 def test_refused(xen):
     """Goal: what is not granted cannot be mapped, not even in part; the program gets NULL and an errno, and goes on.
     Method: references that are free, for another domain, beyond the table; of domains that are not there."""

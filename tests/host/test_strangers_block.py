@@ -35,7 +35,7 @@ from tests.host.blockends import (
     wait_held,
 )  # fmt: skip
 from tests.host.devxen import DevXen, needs_libraries
-from tests.host.served import Host
+from tests.host.served import MIB, Host
 from xenfs.storeclient import StoreClient
 
 pytestmark = [pytest.mark.host, needs_libraries]
@@ -330,8 +330,8 @@ def test_both_ends_die(both):
 @pytest.mark.parametrize("kind", ["gref", "producer", "badring"])
 def test_foreign_backend_is_not_fooled(both, kind):
     """Goal: what one program does wrong, the other sees as on Xen: a failed mapping, never a signal.
-    Method: blkfront.c breaks the rules towards blkback.c, which must live; then a proper connection."""
-    back = both.start(1, "blkback")
+    Method: over memory, blkfront.c breaks the rules towards blkback.c, which must live; then a proper connection."""
+    back = both.start(1, "blkback", "--memory", SIZE // MIB)
     front = both.start(2, "blkfront", XVDA)
     if kind == "badring":
         assert front.ask("connect", kind).startswith("error refused")

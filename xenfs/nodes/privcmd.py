@@ -74,18 +74,18 @@ class Privcmd(Node):
             raise refuse(errno.EINVAL)
         words = FREEBSD_PRIVCMD_HYPERCALL.unpack(request.data)[:-1]
         result = yield from self._call(request.pid, words)
-        return 0, FREEBSD_PRIVCMD_HYPERCALL.pack(*words, result)
+        return result if result < 0 else (0, FREEBSD_PRIVCMD_HYPERCALL.pack(*words, result))
 
     def _alive(self) -> None:
         if self.domain.hypervisor.domains.get(self.domain.domid) is not self.domain:
             raise refuse(errno.ENODEV)
 
     def _call(self, pid: int, words: tuple[int, ...]) -> Job[int]:
-        """The result; a negative one is an OSError."""
+        """The result, or -errno: as a result, for Linux makes ENOTTY of an error ENOSYS that comes from FUSE."""
         calls = Hypercalls(self.domain, lambda: caller.describe(pid), self.uuid)
         result = yield from calls.call(words[0] & _U32, words[1:])  # the number is an unsigned int to both kernels
         if result < 0:
             self._alive()
-            raise refuse(_ERRNO[-result])
+            return -_ERRNO[-result]
         assert result <= _INT_MAX, f"hypercall {words[0]}: {result} is no int32"
         return result
