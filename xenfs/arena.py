@@ -209,17 +209,17 @@ class Arena:
                 if not looks:
                     break
             else:
-                frames = (Frame(first.memory, first.pfn + i) for i in range(count))
-                self._bring_home([one for one in frames if (slot := self._slots.get(one)) is not None and not slot.users])
-        for domid, kept in self._kept.items():
+                self._bring_home(Frame(first.memory, first.pfn + i) for i in range(count))
+        for domid, kept in list(self._kept.items()):
             if kept and (room := self._room(domid)) > 0:
                 frames = set(islice(kept, room))
                 kept -= frames
-                self._bring_home([one for one in frames if (slot := self._slots.get(one)) is not None and not slot.users])
+                self._bring_home(frames)
 
-    def _bring_home(self, frames: list[Frame]) -> None:
-        """Frames without users."""
-        stretches = self._stretches(sorted(frames, key=_place))
+    def _bring_home(self, frames: Iterable[Frame]) -> None:
+        """Those of them that are here and have no users."""
+        unused = [frame for frame in frames if (slot := self._slots.get(frame)) is not None and not slot.users]
+        stretches = self._stretches(sorted(unused, key=_place))
         for first, count in stretches:  # which grow
             slot = self._slots[first]
             around, domid = self._around(first, count, slot.page), slot.run.domid
@@ -239,14 +239,14 @@ class Arena:
                 self._leaving.append((first, count))  # meanwhile they do no harm here
                 continue
             self._failing = False
-            slots = [self._slots.pop(frame) for frame in run]
+            slots, kept = [self._slots.pop(frame) for frame in run], self._kept[domid]
+            kept.difference_update(run if kept else ())
             self._pieces[domid] += len(around) - 1
             self._punch(slot.page * PAGE_SIZE, count * PAGE_SIZE)
-            for one in around:  # no longer between others
-                if one in self._kept[domid]:
-                    self._kept[domid].remove(one)
-                    if not self._slots[one].users:
-                        stretches.append((one, 1))
+            for one in around:
+                if one in kept and not self._slots[one].users:  # it is no longer between others
+                    kept.remove(one)
+                    stretches.append((one, 1))
             for slot in slots:
                 self.give_up(slot.run, 1)
                 _call(slot)

@@ -80,6 +80,9 @@ def up(configs: Sequence[GuestConfig], mountpoint: str, settings: Settings) -> N
         mounted = mount(mountpoint, fsname="xenfs", allow_other=everyone)
         try:
             failure = trio.run(_serve, world, mounted)
+        except Exception:
+            log.critical("a bug of ours ends this", exc_info=True)  # before what follows can fail because of it
+            raise
         finally:
             mounted.unmount()
     finally:

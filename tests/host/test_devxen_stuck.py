@@ -88,6 +88,7 @@ def stuck(host: Host) -> Iterator[Stuck]:
     group = Path(f"--device-group={ANOTHER}")
     with DevXen(host, host.up(group, *configs)) as xen:
         yield Stuck(xen)
+        xen.served.kill()  # if it went wrong, the clients can end only then
 
 
 EXPECTED = {"privcmd": str(VERSION), "map": "0", "copy": f"0 0 0 {BEHIND[:8]}", "copy-both": f"0 0 0 {BEHIND[:8]}"}
