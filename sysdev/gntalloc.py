@@ -113,6 +113,7 @@ class GntallocUser:
         self.device = device
         self.look = look
         self.pages: dict[int, Page] = {}  # by index
+        self.closed = False
 
     def alloc(self, domid: int, flags: int, count: int) -> Job[tuple[int, list[Gref]]]:
         """ALLOC_GREF: `count` pages for `domid`: their index, for they are neighbours in the file, and references.
@@ -122,7 +123,7 @@ class GntallocUser:
         device = self.device
         if count > device.limit - device.used:
             yield from device.sweep()
-        if device.stopped:
+        if device.stopped or self.closed:
             raise OSError(errno.ENODEV, f"domain {device.domain.domid} has ended")
         if count > device.limit - device.used:
             raise OSError(errno.ENOSPC, f"domain {device.domain.domid} may grant {device.limit} pages through gntalloc")
@@ -181,6 +182,7 @@ class GntallocUser:
 
     def close(self) -> Job[None]:
         """The descriptor is gone. Its pages go, too, but those that a process still maps."""
+        self.closed = True
         self.device.users.discard(self)
         pages, self.pages = list(self.pages.values()), {}
         if pages:

@@ -22,6 +22,7 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -133,6 +134,17 @@ def describe(pid: int) -> str:
 def thread_group(pid: int) -> int:
     """The process of a thread; `pid` itself once the thread is gone."""
     return _status(pid)[1]
+
+
+def killed(pid: int) -> bool:
+    """Has the thread a SIGKILL that it has not died of yet, or is it gone?"""
+    try:
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+            text = file.read(STATUS_BYTES * 4)
+    except OSError:
+        return True
+    pending = text.partition(b"\nSigPnd:\t")[2].split(b"\n", 1)[0]
+    return not pending or bool(int(pending, 16) >> (signal.SIGKILL - 1) & 1)
 
 
 def _status(pid: int) -> tuple[str, int]:

@@ -3,7 +3,8 @@
 An ioctl here is a job (sysdev/steps.py). What of the caller's memory it asks for may be anywhere: in a file on a stuck disk,
 in a file of this very mount, in memory that another process hands out page by page (userfaultfd). Whoever touches it waits,
 perhaps for ever, so the loop does not: threads of that domain do, a few, so that a domain can only keep itself waiting.
-There is one short cut: a few bytes of a process with our own user id, which could kill us anyway.
+There is one short cut: a few bytes of a process with our own user id, which could kill us anyway. And as most threads are
+done at once, the loop waits for one a moment, unless that domain has others that wait: a trip through epoll costs more.
 
 Invariants: a request is answered once; a frame that a thread fills is not moved meanwhile (`fills`).
 """
@@ -16,11 +17,12 @@ import errno
 import logging
 import os
 import threading
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from sysdev.steps import Job, MapAt, Maps, Pause, Read, Step, TransferIn, TransferOut, Write
 from xenfs import caller
@@ -30,17 +32,27 @@ log = logging.getLogger("xenfs.calls")
 
 THREADS_MOST = 4  # of a domain
 JOBS_MOST = 64  # of a guest, under way at a time: as many processes or threads of it can call at once
-SHORT_BYTES = 1024  # a short cut takes no more
+SHORT_BYTES = caller.SMALL_BYTES  # a short cut takes no more
+MOMENT_S = 200e-6  # of one turn of a job
 
 Result = int | tuple[int, bytes]  # what ioctl(2) returns, and bytes for the structure that FUSE brings back
 
 
-class Running(NamedTuple):
+class Running:
     """A job, and what it answers, if anything."""
 
-    calls: DomainCalls
-    request: Ioctl | None
-    job: Job[Result]
+    __slots__ = ("answered", "calls", "job", "request", "step")
+
+    def __init__(self, calls: DomainCalls, request: Ioctl | None, job: Job[Any]) -> None:
+        self.calls = calls
+        self.request = request
+        self.job = job
+        self.step: Step | None = None  # what a thread does for it
+        self.answered = False  # its caller was killed and has its answer, or there never was one
+
+    @property
+    def pid(self) -> int:
+        return self.request.pid if self.request is not None else 0
 
 
 class Calls:
@@ -53,12 +65,15 @@ class Calls:
         self._waiting: list[Running] = []  # for anything to happen
         self._done: list[tuple[Running, Any, OSError | None]] = []
         self._done_lock = threading.Lock()
-        self._filling: dict[int, TransferIn] = {}  # by id() of the job
+        self._came = threading.Lock()  # free when something has come since the last look
+        self._far: dict[int, Running] = {}  # whose step a thread has, by id()
+        self._signalled: list[Running] = []  # of those: the caller had a signal, and may be killed by now
+        self.on_signalled: Callable[[], None] = lambda: None  # give_up_killed() has to look again, in a while
 
     def fills(self, ranges: Sequence[range]) -> bool:
         """May a thread be writing to memory of ours at one of these addresses?"""
-        for step in self._filling.values():
-            for _, view in step.pieces:
+        for running in self._far.values():
+            for _, view in running.step.pieces if isinstance(running.step, TransferIn) else ():
                 start = ctypes.addressof(ctypes.c_char.from_buffer(view))
                 if any(start < one.stop and one.start < start + len(view) for one in ranges):
                     return True
@@ -73,8 +88,7 @@ class Calls:
                 os.eventfd_read(self.fd)
                 done, self._done = self._done, []
             for running, value, error in done:
-                running.calls.queued -= 1
-                filled |= self._filling.pop(id(running.job), None) is not None
+                filled |= self._reaped(running)
                 self.advance(running, value, error)
         for _ in range(len(self._next)):
             self.advance(self._next.popleft())
@@ -89,38 +103,98 @@ class Calls:
             if not self._done and self.fd >= 0:
                 os.eventfd_write(self.fd, 1)
             self._done.append((running, value, error))
+            if self._came.locked():
+                self._came.release()
+
+    def _reaped(self, running: Running) -> bool:
+        """Its step is done; True if that filled memory of ours."""
+        running.calls.queued -= 1
+        step, running.step = running.step, None
+        self._far.pop(id(running), None)
+        return isinstance(step, TransferIn)
+
+    def _await(self, running: Running, until: float) -> tuple[Any, OSError | None] | None:
+        """The result of its step if a thread has it that soon; else step() will find it."""
+        while self._came.acquire(timeout=max(0.0, until - time.perf_counter())):
+            with self._done_lock:
+                for done in self._done:
+                    if done[0] is running:
+                        self._done.remove(done)
+                        if not self._done:
+                            os.eventfd_read(self.fd)
+                        self._reaped(running)
+                        return done[1:]
+        return None
 
     def advance(self, running: Running, value: Any = None, error: OSError | None = None) -> None:
         """Let a job go on, with the result of its last step, until it has to wait for something."""
-        calls, request, job = running
+        calls, job = running.calls, running.job
+        until = time.perf_counter() + MOMENT_S
+        if running.answered and running.request is not None:
+            error = OSError(errno.EINTR, "the caller was killed")  # its file may be closed by now
         try:
             while True:
                 step = job.send(value) if error is None else job.throw(error)
                 if isinstance(step, Pause):
                     (self._next if step is Pause.TURN else self._waiting).append(running)
                     return
-                if not self._is_short(request, step):
-                    if isinstance(step, TransferIn):
-                        self._filling[id(job)] = step
-                    calls.put(running, step)
+                if self._is_short(running.request, step):
+                    value, error = _try(_near, running.pid, step)
+                    continue
+                running.step = step
+                self._far[id(running)] = running
+                calls.put(running, step)
+                done = self._await(running, until) if calls.queued == 1 else None
+                if done is None:
                     return
-                value, error = _try(_near, running, step)
+                value, error = done
         except StopIteration as stop:
             calls.under_way -= 1
-            if request is not None:
+            if running.request is not None and not running.answered:
                 result, data = stop.value if isinstance(stop.value, tuple) else (stop.value, b"")
-                request.session.send_ioctl(request.unique, result, data[: request.out_size])
+                running.request.session.send_ioctl(running.request.unique, result, data[: running.request.out_size])
         except OSError as failure:
             calls.under_way -= 1
-            assert request is not None, f"a job of our own fails: {failure}"
-            request.session.send_error(request.unique, failure.errno or errno.EIO)
+            assert running.request is not None, f"a job of our own fails: {failure}"
+            if not running.answered:
+                running.request.session.send_error(running.request.unique, failure.errno or errno.EIO)
+
+    # --- callers that are killed -------------------------------------------------------------------------------------
+
+    def interrupt(self, unique: int) -> bool:
+        """A request's caller had a signal. Only one that kills it counts, as in a kernel that waits for a page; but without
+        an answer it cannot die, nor its memory go. Linux tells us of the first signal only: give_up_killed() looks again."""
+        for running in self._far.values():
+            if running.request is not None and running.request.unique == unique and not running.answered:
+                self._signalled.append(running)
+                self.give_up_killed()
+                return True
+        return False
+
+    def give_up_killed(self) -> None:
+        """Answer those whose callers are killed. The job learns of it when the thread is back."""
+        signalled, self._signalled = self._signalled, []
+        for running in signalled:
+            if id(running) not in self._far:
+                continue
+            if not caller.killed(running.pid):
+                self._signalled.append(running)
+                continue
+            assert running.request is not None, "only callers have signals"
+            running.answered = True
+            running.request.session.send_error(running.request.unique, errno.EINTR)
+        if self._signalled:
+            self.on_signalled()
 
     def _is_short(self, request: Ioctl | None, step: Step) -> bool:
         if request is None or request.uid != self.uid:
             return False
-        return (isinstance(step, Read) and step.length <= SHORT_BYTES) or (
-            isinstance(step, Write) and len(step.data) <= SHORT_BYTES
-        )
+        match step:
+            case Read(_, length):
+                return length <= SHORT_BYTES
+            case Write(_, data):
+                return len(data) <= SHORT_BYTES
+        return isinstance(step, MapAt)
 
     def close(self) -> None:
         with self._done_lock:  # a thread that was left behind may come back yet
@@ -148,6 +222,10 @@ class DomainCalls:
             raise OSError(errno.EAGAIN, "too many ioctls of this domain are under way")
         self.under_way += 1
         self.calls.advance(Running(self, request, job))
+
+    def interrupt(self, unique: int) -> bool:
+        """As a Node's."""
+        return self.calls.interrupt(unique)
 
     def put(self, running: Running, step: Step) -> None:
         """Have a thread do it."""
@@ -178,7 +256,7 @@ class DomainCalls:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             running, step = item
-            value, error = _try(_far, running, step)
+            value, error = _try(_far, running.pid, step)
             self.calls.finished(running, value, error)
 
     def close(self) -> None:
@@ -194,21 +272,29 @@ class DomainCalls:
             self._queue.put(None)
 
 
-def _try(do: Callable[[int, Step], Any], running: Running, step: Step) -> tuple[Any, OSError | None]:
+def _try(do: Callable[[int, Step], Any], pid: int, step: Step) -> tuple[Any, OSError | None]:
     """The result of a step, or why there is none."""
     try:
-        return do(running.request.pid if running.request is not None else 0, step), None
+        return do(pid, step), None
     except OSError as error:
         return None, error
 
 
-def _near(pid: int, step: Step) -> bytes | None:
+def _near(pid: int, step: Step) -> Any:
     """The short cut."""
-    if isinstance(step, Read):
-        return caller.read(pid, step.address, step.length)
-    assert isinstance(step, Write), f"{step} is not short"
-    caller.write(pid, step.address, step.data)
-    return None
+    match step:
+        case Read(address, length):
+            return caller.read(pid, address, length)
+        case Write(address, data):
+            return caller.write(pid, address, data)
+        case MapAt(address, device, inode):
+            return _map_at(pid, address, device, inode)
+    raise AssertionError(f"{step} is not short")
+
+
+def _map_at(pid: int, address: int, device: int, inode: int) -> int | None:
+    at = caller.mapping_at(pid, address, device, inode)
+    return None if at is None else at.offset + address - at.start
 
 
 def _far(pid: int, step: Step) -> Any:
@@ -230,8 +316,7 @@ def _far(pid: int, step: Step) -> Any:
                 found.update(offsets[bisect_left(offsets, offset) : bisect_left(offsets, offset + end - start)])
             return found
         case MapAt(address, device, inode):
-            at = caller.mapping_at(pid, address, device, inode)
-            return None if at is None else at.offset + address - at.start
+            return _map_at(pid, address, device, inode)
     return None
 
 

@@ -22,7 +22,7 @@ from xenfs.nodes.gntdev import GNTALLOC, GNTDEV, GrantNode
 from xenfs.nodes.privcmd import Privcmd
 from xenmodel.domain import Domain
 
-SWEEP_S = 1.0  # how long a page of gntalloc may outlive its last mapping
+CHORES_S = 1.0  # how long a page of gntalloc may outlive its last mapping
 
 
 class XenDevices:
@@ -35,12 +35,13 @@ class XenDevices:
         self._kick = kick
         self._table = table
         self._domains: dict[int, DomainDevices] = {}
-        self._lingering = trio.Event()
+        self._chores = trio.Event()
+        self.calls.on_signalled = lambda: self._chores.set()
 
     def add(self, domain: Domain, directory: Directory) -> None:
         """Put the files of a domain into its dev/xen."""
         devices = DomainDevices(domain, self.arena, self.calls, lambda: self._table(domain))
-        devices.gntalloc.on_linger = lambda: self._lingering.set()
+        devices.gntalloc.on_linger = lambda: self._chores.set()
         self._domains[domain.domid] = devices
         for name, node in devices.nodes.items():
             directory.add(name, node)
@@ -70,12 +71,14 @@ class XenDevices:
             while self._kick():
                 await trio.lowlevel.checkpoint()
 
-    async def sweep(self) -> None:
-        """The task that looks which pages of gntalloc no process maps any more. It sleeps while there are none."""
+    async def do_chores(self) -> None:
+        """The task that looks, now and then, which pages of gntalloc no process maps any more, and whether a caller that had
+        a signal was killed. It sleeps while there is nothing to look at."""
         while True:
-            await self._lingering.wait()
-            self._lingering = trio.Event()
-            await trio.sleep(SWEEP_S)
+            await self._chores.wait()
+            self._chores = trio.Event()
+            await trio.sleep(CHORES_S)
+            self.calls.give_up_killed()
             for devices in self._domains.values():
                 if devices.gntalloc.lingering:
                     devices.calls.run(None, devices.gntalloc.sweep())

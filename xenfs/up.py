@@ -122,7 +122,7 @@ async def _serve(world: World, mounted: Mount) -> HostError | None:
             nursery.start_soon(world.store.socket.run)
             nursery.start_soon(world.store.run_timers)
             nursery.start_soon(world.devices.run)
-            nursery.start_soon(world.devices.sweep)
+            nursery.start_soon(world.devices.do_chores)
             nursery.start_soon(_obey, signals, world, stop)
             say("ready")
             await stop.wait()
@@ -151,7 +151,7 @@ async def _obey(signals: AsyncIterator[int], world: World, stop: trio.Event) -> 
 async def _finish(world: World, session: Session, mounted: Mount) -> None:
     """Take the mount away (in a thread: the kernel may ask us something), finish what is under way, flush."""
     with trio.move_on_after(RELEASE_S):  # who closed it need not have waited until we heard of it
-        while session.has_open(Disk):
+        while session.has_open(Disk):  # noqa: ASYNC110  (a RELEASE; nobody waits for it but here)
             await trio.sleep(0.01)
     if session.has_open(Disk):
         # a file system may be mounted on a disk through a loop device: what it has not written yet is written now

@@ -1,10 +1,11 @@
 """A client of dev/xen whose memory is not there until somebody else provides it, and that never touches it itself before.
 
-    stuckclient.py MEMORY USER DEVICES OPERATION [DOMID REF]
+    stuckclient.py MEMORY USER DEVICES OPERATION DOMID REF
 
 MEMORY is a file, of which a page is fetched by whoever serves it, or `userfaultfd`: then nobody does until a line comes on
-stdin. USER is the uid and gid that it becomes, after it has mapped the file. DEVICES is a domain's dev/xen. Says `ready`
-when it is about to call ioctl(2), in a thread, and then what that returned, an errno's name or a number, and statuses.
+stdin. USER is the uid and gid that it becomes, after it has mapped the file. DEVICES is a domain's dev/xen; REF a page that
+DOMID has granted to it. Says `ready` when it is about to call ioctl(2), in a thread, and then what that returned, an errno's
+name or a number, and what GRANT_COPY has left: statuses and data.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
-def segments(domid: int, ref: int, source: int = SOURCE, target: int = TARGET, which: str = "both") -> bytes:
+def segments(domid: int, ref: int, which: str = "both") -> bytes:
     """LENGTH bytes of ours to the beginning of the granted page, and what is behind them there to us."""
     first, second = (struct.pack("<IHH", ref, offset, domid) for offset in (0, LENGTH))
-    into = struct.pack("<Q8sHHhxx", source, first, LENGTH, 2, 99)
-    out = struct.pack("<8sQHHhxx", second, target, LENGTH, 1, 99)
+    into = struct.pack("<Q8sHHhxx", SOURCE, first, LENGTH, 2, 99)
+    out = struct.pack("<8sQHHhxx", second, TARGET, LENGTH, 1, 99)
     return {"both": into + out, "in": into, "out": out}[which]
 
 
@@ -97,10 +98,10 @@ def become(user: int) -> None:
         os.setresuid(user, user, user)
 
 
-def call(devices: str, operation: str, grant: list[int]) -> None:
+def call(devices: str, operation: str, domid: int, ref: int) -> None:
     """`copy-in`, `copy-out` and `copy-both`: only the data is in that memory, the structures are in our own."""
     number, address = CALLS[operation.partition("-")[0]]
-    table = ctypes.create_string_buffer(segments(*grant, which=operation[5:]) if operation.startswith("copy-") else b"")
+    table = ctypes.create_string_buffer(segments(domid, ref, operation[5:]) if operation.startswith("copy-") else b"")
     count = len(table.raw) // 24
     own = ctypes.create_string_buffer(struct.pack("<I4xQ", count, ctypes.addressof(table)))
     fd = os.open(f"{devices}/{DEVICE.get(operation, 'gntdev')}", os.O_RDWR)
@@ -114,14 +115,14 @@ def call(devices: str, operation: str, grant: list[int]) -> None:
     print(said, flush=True)
 
 
-def main(memory: str, user: str, devices: str, operation: str, *grant: str) -> None:
+def main(memory: str, user: str, devices: str, operation: str, domid: str, ref: str) -> None:
     fd = -1
     if memory == "userfaultfd":
         fd = register()
     else:
         map_file(memory)
     become(int(user))
-    caller = threading.Thread(target=call, args=(devices, operation, list(map(int, grant))))
+    caller = threading.Thread(target=call, args=(devices, operation, int(domid), int(ref)))
     caller.start()
     if sys.stdin.readline() and fd >= 0:
         _checked(_libc.ioctl(fd, _ZEROPAGE, struct.pack("<4Qq", AT, PAGES * PAGE, 0, 0, 0)[:32]))

@@ -190,8 +190,9 @@ class Grants:
         users: Counter[Frame] = Counter()
         for domid, domain in self.domains.items():
             handles = Counter(mapping.handle for grant_map in self.all_maps(domid) for mapping in grant_map.mappings)
-            if handles != Counter(domain.maptrack.mappings.keys()):
-                problems.append(f"domain {domid} has {sorted(domain.maptrack.mappings)} mapped, its programs {handles}")
+            mapped = [handle for handle, mapping in domain.maptrack.mappings.items() if mapping.owner]
+            if handles != Counter(mapped):
+                problems.append(f"domain {domid} has {mapped} mapped for programs, but they have {handles}")
             for grant_map in self.all_maps(domid):
                 users.update(mapping.frame for mapping in grant_map.mappings[: grant_map.shown])
             problems += self._of_gntalloc(domid, domain, users)

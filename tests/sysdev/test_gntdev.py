@@ -35,12 +35,13 @@ def user(grants: Grants) -> GntdevUser:
     return grants.gntdev[1].open()
 
 
-# --- mapping ---------------------------------------------------------------------------------------------------------------
+# --- mapping ---------------------------------------------------------------------------------------------------------
 
 
 def test_map_and_unmap(grants, user):
     """Goal: pages of several domains, in any order, are the owners' pages as long as they are mapped; then they are at home
-    with what was written.  Method: a process's view of the file at the index; both sides write; what is held, before and after."""
+    with what was written.
+    Method: a process's view of the file at the index; both sides write; what is held, before and after."""
     refs = grants.grant(2, 1, 3) + grants.grant(3, 1, 2) + grants.grant(2, 1, 1)
     refs = [refs[place] for place in (4, 0, 2, 5, 1, 3)]
     before = grants.held()
@@ -157,7 +158,7 @@ def test_a_very_long_map():
     user = grants.gntdev[1].open()
     refs = grants.grant(2, 1, REFS_MOST)
     before, pauses = grants.held(), []
-    index = finish(user.map(refs, ""), pause=pauses.append)
+    index = finish(user.map(refs, "prog[1]"), pause=pauses.append)
     assert index > 0 and set(pauses) == {Pause.TURN} and len(pauses) == 2 * (REFS_MOST // SLICE - 1)
     with closing(grants.see(index + (REFS_MOST - 1) * PAGE_SIZE)) as seen:
         assert seen[:4] == bytes(grants.page(refs[-1])[:4])
@@ -176,7 +177,7 @@ def test_closing_many_maps_takes_turns(grants, user):
     assert len(pauses) == 3 and grants.held() == before and not grants.gntdev[1].users
 
 
-# --- unmapping, finding ------------------------------------------------------------------------------------------------------
+# --- unmapping, finding ----------------------------------------------------------------------------------------------
 
 
 def test_unmap_wants_what_map_gave(grants, user):
@@ -205,7 +206,7 @@ def test_find(grants, user):
     assert finish(user.close()) == 0 and user.find(index) == []
 
 
-# --- notifications -----------------------------------------------------------------------------------------------------------
+# --- notifications ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["unmap", "close", "stop"])
@@ -309,7 +310,7 @@ def test_notifications_of_maps_in_one_place(grants, user):
     assert finish(user.unmap(index, 1)) == 0 and grants.events(other) == [first_peer]
 
 
-# --- jobs that are cut short ---------------------------------------------------------------------------------------------------
+# --- jobs that are cut short -----------------------------------------------------------------------------------------
 
 
 def test_waits_for_a_disk_worker(grants, user):
@@ -325,7 +326,7 @@ def test_waits_for_a_disk_worker(grants, user):
         if len(pauses) == 5:
             grants.filling = []
 
-    index = finish(user.map(refs, ""), pause=done)
+    index = finish(user.map(refs, "prog[1]"), pause=done)
     assert index > 0 and pauses == [Pause.TURN, Pause.TURN, *[Pause.EVENT] * 3] and grants.violations() == []
     grants.filling = [grants.frame(refs[0])]
     assert finish(user.unmap(index, len(refs))) == 0
@@ -336,7 +337,7 @@ def test_waits_for_a_disk_worker(grants, user):
 
 
 JOBS: dict[str, Callable[[GntdevUser, list[Ref], int], object]] = {
-    "map": lambda user, refs, index: user.map(refs[600:], ""),
+    "map": lambda user, refs, index: user.map(refs[600:], "prog[1]"),
     "unmap": lambda user, refs, index: user.unmap(index, 600),
     "close": lambda user, refs, index: user.close(),
 }
@@ -371,12 +372,12 @@ def test_ended_in_the_middle(grants, user, kind, step, end):
     if not results:
         results.append(finish(job))
     assert results == [EIO if kind == "map" else 0] and not grants.gntdev[1].users and not grants.arena._runs
-    assert finish(user.map(refs[:1], "")) == EIO and grants.violations() == []
+    assert finish(user.map(refs[:1], "prog[1]")) == EIO and grants.violations() == []
 
 
 def test_domains_end(grants, user):
-    """Goal: a granter's end leaves its pages to who has them mapped; a mapper's end leaves nothing, and a page that its owner
-    had given up becomes free only when it is at home.
+    """Goal: a granter's end leaves its pages to who has them mapped; a mapper's end leaves nothing, and a page that its
+    owner had given up becomes free only when it is at home.
     Method: destroy the one and look at the page; pages of gntalloc, more than a slice, freed while mapped, and the mapper
     destroyed in the middle of a close."""
     (ref,) = grants.grant(2, 1, 1)

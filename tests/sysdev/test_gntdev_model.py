@@ -166,7 +166,8 @@ class GrantDevices(RuleBasedStateMachine):
             try:
                 finish(job)
             except OSError as error:
-                assert error.errno == errno.ENOSPC
+                assert error.errno in (errno.ENOSPC, errno.ENODEV)
+        self.maps.mapped.clear()
         for sharer in self.sharers:  # what a job allocated that ended just now
             finish(sharer.close())
         for domid in (1, 2):

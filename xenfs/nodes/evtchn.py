@@ -158,7 +158,7 @@ class EvtchnFile(Node):
                 self.reads.remove(read)
                 read.session.send_error(unique, errno.EINTR)
                 return True
-        return False
+        return self.node.calls.interrupt(unique)
 
     def setattr(self, change: Change) -> None:
         self.node.setattr(change)

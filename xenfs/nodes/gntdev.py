@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from struct import Struct
 
 from sysdev.gntalloc import Gntalloc
-from sysdev.gntcopy import SEGMENT, STATUS_AT, copy
+from sysdev.gntcopy import SEGMENT, STATUS, STATUS_AT, copy
 from sysdev.gntdev import REFS_MOST, Gntdev
-from sysdev.steps import Job, MapAt, Maps, Read, TransferOut, Write
+from sysdev.steps import Job, MapAt, Maps, Read, Write
 from xenfs import caller
 from xenfs.arena import Arena
 from xenfs.calls import DomainCalls, Result
@@ -79,8 +79,12 @@ class GrantFile(Node):
         self.node = node
         self.grants = node.gntdev.open()
         self.pages = node.gntalloc.open(self._look)
-        self.pids: set[int] = set()
+        self.pids: set[int] = set()  # who has allocated pages
+        self.names: dict[int, str] = {}  # of callers, for inspection
         node.files.add(self)
+
+    def interrupt(self, unique: int) -> bool:
+        return self.node.calls.interrupt(unique)
 
     def ioctl(self, request: Ioctl) -> None:
         command = self.node.commands.get(request.command)
@@ -88,8 +92,6 @@ class GrantFile(Node):
             raise refuse(errno.ENOTTY)
         if self.node.stopped:
             raise refuse(errno.ENODEV)
-        if len(self.pids) < PIDS_MOST:
-            self.pids.add(caller.thread_group(request.pid))
         self.node.calls.run(request, command(self, request))
 
     def write(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
@@ -111,6 +113,14 @@ class GrantFile(Node):
         found: set[int] = yield Maps(tuple(self.pids), self.node.arena.device, self.node.ino, offsets)
         return found
 
+    def name(self, pid: int) -> str:
+        """comm[tgid] of a caller; as it was when it first called, for looking costs more than a mapping."""
+        if pid not in self.names:
+            if len(self.names) >= PIDS_MOST:
+                self.names.clear()
+            self.names[pid] = caller.describe(pid)
+        return self.names[pid]
+
     def check_mappable(self) -> None:
         if not self.node.arena.backing_id:
             raise OSError(errno.EOPNOTSUPP, "nothing can be mapped: xenfs has no CAP_SYS_ADMIN")
@@ -130,7 +140,7 @@ def _structure(request: Ioctl, layout: Struct) -> Job[bytes]:
 def map_grant_ref(file: GrantFile, request: Ioctl) -> Job[Result]:
     count, _ = _COUNT_INDEX.unpack((yield from _structure(request, _COUNT_INDEX)))
     refs = yield from _refs(file, count, request.arg + _COUNT_INDEX.size)
-    index = yield from file.grants.map(refs, caller.describe(request.pid))
+    index = yield from file.grants.map(refs, file.name(request.pid))
     if index < 0:
         raise refuse(-index)
     try:
@@ -146,7 +156,7 @@ def map_grant_ref_freebsd(file: GrantFile, request: Ioctl) -> Job[Result]:
         raise refuse(errno.EINVAL)
     count, _ = _COUNT_INDEX.unpack_from(request.data)
     refs = yield from _refs(file, count, _POINTER.unpack_from(request.data, _COUNT_INDEX.size)[0])
-    index = yield from file.grants.map(refs, caller.describe(request.pid))
+    index = yield from file.grants.map(refs, file.name(request.pid))
     if index < 0:
         raise refuse(-index)
     return 0, _COUNT_INDEX.pack(count, index) + request.data[_COUNT_INDEX.size :]
@@ -221,9 +231,9 @@ def grant_copy(file: GrantFile, request: Ioctl) -> Job[Result]:
         raise refuse(errno.EINVAL)
     segments = bytearray((yield Read(address, count * SEGMENT.size)))
     statuses = yield from copy(file.node.gntdev.domain, bytes(segments))
-    packed = [status.to_bytes(2, "little", signed=True) for status in statuses]
-    where = range(address + STATUS_AT, address + count * SEGMENT.size, SEGMENT.size)
-    yield TransferOut([(memoryview(status), at) for status, at in zip(packed, where, strict=True)])
+    for at, status in zip(range(STATUS_AT, len(segments), SEGMENT.size), statuses, strict=True):
+        STATUS.pack_into(segments, at, status)
+    yield Write(address, bytes(segments))  # the rest of each is as it was
     return 0
 
 
@@ -242,6 +252,8 @@ def alloc_gref_freebsd(file: GrantFile, request: Ioctl) -> Job[Result]:
 
 def _alloc(file: GrantFile, request: Ioctl, what: tuple[int, int, int], refs_at: int, *, in_memory: bool) -> Job[Result]:
     file.check_mappable()
+    if len(file.pids) < PIDS_MOST:
+        file.pids.add(caller.thread_group(request.pid))
     index, refs = yield from file.pages.alloc(*what)
     try:
         yield Write(refs_at, b"".join(ref.to_bytes(4, "little") for ref in refs))

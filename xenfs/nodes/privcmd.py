@@ -6,7 +6,7 @@ are addresses in the caller's memory either way, which xenfs/calls.py reaches. W
 All other ioctls are ENOTTY: mapping another domain's memory, device-model operations, RESTRICT. libxenforeignmemory and
 libxendevicemodel ask for one when they open the file, and put up with that. A file that is still open when its domain is
 gone says ENODEV, also to who waits in an ioctl then. Nothing belongs to an open(): ports that a program bound here stay
-bound when it ends, as on Xen.
+bound when it ends, as on Xen. ENOSYS reaches programs as ENOTTY: Linux does that to whatever FUSE answers to an ioctl.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ class Privcmd(Node):
     def write(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
         raise refuse(errno.EINVAL)
 
+    def interrupt(self, unique: int) -> bool:
+        return self.calls.interrupt(unique)
+
     def ioctl(self, request: Ioctl) -> None:
         self._alive()
         if request.command == IOCTL_PRIVCMD_HYPERCALL:
@@ -74,18 +77,18 @@ class Privcmd(Node):
             raise refuse(errno.EINVAL)
         words = FREEBSD_PRIVCMD_HYPERCALL.unpack(request.data)[:-1]
         result = yield from self._call(request.pid, words)
-        return result if result < 0 else (0, FREEBSD_PRIVCMD_HYPERCALL.pack(*words, result))
+        return 0, FREEBSD_PRIVCMD_HYPERCALL.pack(*words, result)
 
     def _alive(self) -> None:
         if self.domain.hypervisor.domains.get(self.domain.domid) is not self.domain:
             raise refuse(errno.ENODEV)
 
     def _call(self, pid: int, words: tuple[int, ...]) -> Job[int]:
-        """The result, or -errno: as a result, for Linux makes ENOTTY of an error ENOSYS that comes from FUSE."""
+        """The result; a negative one is an OSError."""
         calls = Hypercalls(self.domain, lambda: caller.describe(pid), self.uuid)
         result = yield from calls.call(words[0] & _U32, words[1:])  # the number is an unsigned int to both kernels
         if result < 0:
             self._alive()
-            return -_ERRNO[-result]
+            raise refuse(_ERRNO[-result])
         assert result <= _INT_MAX, f"hypercall {words[0]}: {result} is no int32"
         return result
