@@ -76,7 +76,11 @@ class Gntalloc:
 
     def _free_unmapped(self, pages: Sequence[Page], look: Look) -> Job[None]:
         """While we look, others do, too: what no longer lingers has been freed."""
-        still = yield from look(sorted(page.index for page in pages))
+        try:
+            still = yield from look(sorted(page.index for page in pages))
+        except OSError:  # who asked was killed
+            self.on_linger()
+            raise
         for page in pages:
             if page in self.lingering and page.index not in still:
                 del self.lingering[page]

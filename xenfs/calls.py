@@ -88,7 +88,9 @@ class Calls:
                 os.eventfd_read(self.fd)
                 done, self._done = self._done, []
             for running, value, error in done:
-                filled |= self._reaped(running)
+                filled |= self.reaped(running)
+                if running.answered:  # once: what it does to clean up has its turns
+                    value, error = None, OSError(errno.EINTR, "the caller was killed")  # its file may be closed by now
                 self.advance(running, value, error)
         for _ in range(len(self._next)):
             self.advance(self._next.popleft())
@@ -106,7 +108,7 @@ class Calls:
             if self._came.locked():
                 self._came.release()
 
-    def _reaped(self, running: Running) -> bool:
+    def reaped(self, running: Running) -> bool:
         """Its step is done; True if that filled memory of ours."""
         running.calls.queued -= 1
         step, running.step = running.step, None
@@ -122,7 +124,7 @@ class Calls:
                         self._done.remove(done)
                         if not self._done:
                             os.eventfd_read(self.fd)
-                        self._reaped(running)
+                        self.reaped(running)
                         return done[1:]
         return None
 
@@ -130,8 +132,6 @@ class Calls:
         """Let a job go on, with the result of its last step, until it has to wait for something."""
         calls, job = running.calls, running.job
         until = time.perf_counter() + MOMENT_S
-        if running.answered and running.request is not None:
-            error = OSError(errno.EINTR, "the caller was killed")  # its file may be closed by now
         try:
             while True:
                 step = job.send(value) if error is None else job.throw(error)
@@ -230,8 +230,8 @@ class DomainCalls:
     def put(self, running: Running, step: Step) -> None:
         """Have a thread do it."""
         self.queued += 1
-        if self.closed:
-            self._fail(running, errno.ENODEV)
+        if self.closed or running.answered:
+            self._fail(running, errno.EINTR if running.answered else errno.ENODEV)
             return
         if self.queued > len(self._threads) < THREADS_MOST:
             thread = threading.Thread(target=self._work, name=f"caller-{self.domid}", daemon=True)
@@ -249,14 +249,17 @@ class DomainCalls:
         if running.request is not None:
             self.calls.finished(running, None, OSError(number, os.strerror(number)))
             return
-        self.queued -= 1
+        self.calls.reaped(running)
         self.under_way -= 1
         running.job.close()
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             running, step = item
-            value, error = _try(_far, running.pid, step)
+            if running.answered:  # while it was in the queue: its number may be another process' by now
+                value, error = None, None
+            else:
+                value, error = _try(_far, running.pid, step)
             self.calls.finished(running, value, error)
 
     def close(self) -> None:

@@ -152,6 +152,21 @@ def test_lingers_while_it_is_mapped(grants, device, user, maps):
     assert len(maps.looks) == 4, "nothing to look for"
 
 
+def test_a_look_that_is_given_up(grants, device, user, maps):
+    """Goal: if the caller is killed while we look, the pages linger, and somebody is told to look again.
+    Method: an error thrown into the look of a DEALLOC, and of an ALLOC for which there is no room; then a sweep."""
+    told: list[int] = []
+    device.on_linger = lambda: told.append(len(device.lingering))
+    index, _ = finish(user.alloc(2, 1, LIMIT))
+    for job in (user.dealloc(index, LIMIT), user.alloc(2, 1, 1)):
+        next(job)
+        with pytest.raises(InterruptedError):
+            job.throw(InterruptedError(errno.EINTR, "the caller was killed"))
+    assert told == [LIMIT, LIMIT] and device.used == LIMIT and grants.violations() == []
+    finish(device.sweep())
+    assert device.used == 0 and told == [LIMIT, LIMIT]
+
+
 def test_close(grants, device, user, maps):
     """Goal: with the descriptor its pages go, but those that a process still maps; others' do not.
     Method: two opens; one mapped page of the one that closes."""

@@ -45,6 +45,7 @@ class GrantDevices(RuleBasedStateMachine):
         self.users = [self.grants.gntdev[domid].open() for domid in DOMAIN_OF]
         self.sharers = [self.grants.gntalloc[domid].open(self.maps.look) for domid in DOMAIN_OF]
         self.jobs: list[Job[Any]] = []
+        self.windows: list[int] = []  # what is in `maps`, in an order that does not depend on where the arena puts things
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
@@ -115,23 +116,24 @@ class GrantDevices(RuleBasedStateMachine):
         index, refs = yield from sharer.alloc(3 - domid, 1, count)
         self.refs[3 - domid] += [(domid, ref) for ref in refs]
         if mapped:
-            self.maps.mapped.update(range(index, index + count * PAGE_SIZE, PAGE_SIZE))
+            self.windows += range(index, index + count * PAGE_SIZE, PAGE_SIZE)
+            self.maps.mapped.update(self.windows)
 
     @precondition(lambda self: len(self.jobs) < JOBS_MOST)
     @rule(user=opens, count=few, data=st.data())
     def dealloc(self, user: int, count: int, data: st.DataObject) -> None:
-        index = data.draw(st.sampled_from(sorted(self.sharers[user].pages) or [PAGE_SIZE]))
+        index = data.draw(st.sampled_from(list(self.sharers[user].pages) or [PAGE_SIZE]))
         self.start(self.sharers[user].dealloc(index, count))
 
     @rule(user=opens, data=st.data(), action=st.integers(0, 4))
     def notify_of_page(self, user: int, data: st.DataObject, action: int) -> None:
-        index = data.draw(st.sampled_from(sorted(self.sharers[user].pages) or [PAGE_SIZE]))
+        index = data.draw(st.sampled_from(list(self.sharers[user].pages) or [PAGE_SIZE]))
         assert self.sharers[user].set_unmap_notify(index + 3, action, self.ends[DOMAIN_OF[user]][1]) in ANSWERS
 
     @rule(data=st.data())
     def munmap(self, data: st.DataObject) -> None:
-        if self.maps.mapped:
-            self.maps.mapped.discard(data.draw(st.sampled_from(sorted(self.maps.mapped))))
+        if self.windows:
+            self.maps.mapped.discard(self.windows.pop(data.draw(st.integers(0, len(self.windows) - 1))))
 
     @precondition(lambda self: len(self.jobs) < JOBS_MOST)
     @rule(domid=st.sampled_from((1, 2)))

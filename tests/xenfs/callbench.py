@@ -68,7 +68,7 @@ class Desk:
         while not done():
             assert time.monotonic() < ends, "it does not come"
             if not self.calls.step() and not done():
-                select.select([self.calls.fd], [], [], 0.05)
+                self.ready(0.05)
 
     def answer(self, unique: int) -> tuple[int, int, bytes]:
         """The only one."""
@@ -79,13 +79,19 @@ class Desk:
         (answer,) = self.answers[unique]
         return answer
 
+    def ready(self, timeout_s: float) -> bool:
+        """Has a thread said, within that time, that it has finished something?"""
+        poll = select.poll()
+        poll.register(self.calls.fd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
     def wait(self) -> None:
         """Until a thread says that it has finished something; look at nothing."""
-        assert select.select([self.calls.fd], [], [], 20)[0], "no thread comes back"
+        assert self.ready(20), "no thread comes back"
 
     def quiet(self) -> bool:
         """No thread says that it has finished something."""
-        return not select.select([self.calls.fd], [], [], 0)[0]
+        return not self.ready(0)
 
     def close(self) -> None:
         for program in self.programs:

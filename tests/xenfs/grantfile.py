@@ -1,29 +1,31 @@
 """What the tests of dev/xen/gntdev and gntalloc share: a program's side of the files, with ioctls as the kernel
 passes them on.
 
-`GrantDesk` has the nodes of domains 0 to 3 in one mount; `GrantProgram` is one open, by this very process: its structures
-are in our memory, where the nodes have to fetch them, and what it maps is the arena's file, which here stands for the node's
-own (as FUSE_PASSTHROUGH would have it).
+`GrantDesk` has the nodes of domains 0 to 3 in one mount, and a process that calls: structures are in its memory, where the
+nodes have to fetch them, and what it maps is the arena's file, which here stands for the node's own (as FUSE_PASSTHROUGH
+would have it). `GrantProgram` is one open.
 """
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import select
+import subprocess
+import sys
 from struct import pack, unpack
 from types import TracebackType
 
+from sysdev.gntcopy import SEGMENT
 from tests.sysdev.granting import Grants, Ref
 from tests.xenfs.evtchnfile import Answer
 from tests.xenfs.machine import Kernel, Reply
+from tests.xenfs.programs import PAGE, PROGRAM, Program
 from xenfs.calls import Calls, DomainCalls
 from xenfs.fuse import kernel as k
 from xenfs.fuse.tree import Directory
 from xenfs.nodes.gntdev import GNTALLOC, GNTDEV, GrantFile, GrantNode
 
-PAGE = mmap.PAGESIZE
 LINUX = {
     "map": 0x00184700, "unmap": 0x00104701, "offset": 0x00184702, "max": 0x00044703, "notify": 0x00104707,
     "copy": 0x00104708, "alloc": 0x00184705, "dealloc": 0x00104706,
@@ -35,33 +37,61 @@ FREEBSD = {
 FREEBSD_ON_LINUX = FREEBSD | {"notify": 0x40104500, "dealloc": 0x40104502, "unmap": 0x40104504}
 SETS = {"linux": LINUX, "freebsd": FREEBSD, "freebsd on linux": FREEBSD_ON_LINUX}
 
-_libc = ctypes.CDLL(None, use_errno=True)
+HANGS_MS = 10_000
+FROM, TO, CLEAR, SEND = 1, 2, 1, 2  # flags of a segment, actions of a notification
 
 
-class Memory:
-    """A program's: `at` to `edge` is writable, from `edge` on nothing is there; the page at `readonly` is what it says."""
+class Caller(Program):
+    """The process. Of its memory `at` to `edge` is writable, from `edge` on is nothing; the page at `readonly` is what it
+    says. We write there through a file of our own."""
 
-    def __init__(self, pages: int = 8) -> None:
-        self.map = mmap.mmap(-1, (pages + 2) * PAGE)
-        self._view = ctypes.c_char.from_buffer(self.map)
-        self.readonly = ctypes.addressof(self._view)
-        self.at = self.readonly + PAGE
-        self.edge = self.at + pages * PAGE
-        assert _libc.mprotect(ctypes.c_void_p(self.edge), PAGE, 0) == 0
-        assert _libc.mprotect(ctypes.c_void_p(self.readonly), PAGE, mmap.PROT_READ) == 0
+    def __init__(self, arena_fd: int, pages: int = 8) -> None:
+        self.arena_fd = arena_fd
+        memory_fd = os.memfd_create("memory")
+        os.ftruncate(memory_fd, (pages + 1) * PAGE)
+        self.map = mmap.mmap(memory_fd, (pages + 1) * PAGE)
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-c", PROGRAM], stdin=-1, stdout=-1, text=True, pass_fds=(arena_fd, memory_fd)
+        )
+        self.pid = self.process.pid
+        self.readonly = int(self(f"pages({pages + 2})"))
+        self.at, self.edge = self.readonly + PAGE, self.readonly + (pages + 1) * PAGE
+        self(f"shared({memory_fd}, 0, {pages + 1}, {self.readonly})")
+        self(f"libc.mprotect({self.readonly}, PAGE, 1)")
+        self(f"libc.munmap({self.edge}, PAGE)")
+        os.close(memory_fd)
 
     def put(self, address: int, data: bytes) -> int:
-        if data:
-            assert _libc.mprotect(ctypes.c_void_p(self.readonly), PAGE, 3) == 0
-            self.map[address - self.readonly : address - self.readonly + len(data)] = data
-            assert _libc.mprotect(ctypes.c_void_p(self.readonly), PAGE, mmap.PROT_READ) == 0
+        self.map[address - self.readonly : address - self.readonly + len(data)] = data
         return address
 
     def get(self, address: int, length: int) -> bytes:
         return self.map[address - self.readonly : address - self.readonly + length]
 
     def close(self) -> None:
-        del self._view
+        super().close()
+        self.map.close()
+
+
+class Window:
+    """Pages of the file that the process maps side by side: (index, count)s. We see the first of these in `map`. Use it in
+    `with`."""
+
+    def __init__(self, process: Caller, parts: list[tuple[int, int]]) -> None:
+        self.process = process
+        self.size = sum(count for _, count in parts) * PAGE
+        self.at = address = int(process(f"pages({self.size // PAGE})"))
+        for index, count in parts:
+            process(f"shared({process.arena_fd}, {index // PAGE}, {count}, {address})")
+            address += count * PAGE
+        index, count = parts[0]
+        self.map = mmap.mmap(process.arena_fd, count * PAGE, offset=index)
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        self.process(f"libc.munmap({self.at}, {self.size})")
         self.map.close()
 
 
@@ -81,7 +111,7 @@ class GrantProgram:
         kernel = self.kernel
         kernel.unique += 2
         body = k.IOCTL_IN.pack(self.fh, 0, command, arg, len(data), out_size) + data
-        caller = os.getpid() if pid is None else pid
+        caller = self.memory.pid if pid is None else pid
         length = k.IN_HEADER.size + len(body)
         kernel.put(k.IN_HEADER.pack(length, k.FUSE_IOCTL, kernel.unique, 0, self.uid, 0, caller, 0, 0) + body)
         return kernel.unique
@@ -162,9 +192,9 @@ class GrantDesk:
 
     def __init__(self, limit: int = 1024) -> None:
         self.grants = grants = Grants(limit=limit)
-        self.memory = Memory()
         self.calls = Calls()
         self.arena = grants.arena
+        self.memory = Caller(self.arena.fd)
         self.arena.fills = lambda ranges: grants._fills(ranges) or self.calls.fills(ranges)
         self.arena.backing_id = 7
         status = os.fstat(self.arena.fd)
@@ -182,10 +212,12 @@ class GrantDesk:
 
     def settle(self) -> None:
         """Until no job is under way."""
+        done = select.poll()
+        done.register(self.calls.fd, select.POLLIN)
         while any(calls.under_way for calls in self.domain_calls.values()):
             if not self.calls.step():
                 busy = any(calls.under_way for calls in self.domain_calls.values())
-                assert not busy or select.select([self.calls.fd], [], [], 10)[0], "an ioctl hangs"
+                assert not busy or done.poll(HANGS_MS), "an ioctl hangs"
         self.grants.hypervisor.settle()
 
     def walk(self, which: str, domid: int) -> int:
@@ -198,7 +230,7 @@ class GrantDesk:
         return GrantProgram(self, domid, which, numbers)
 
     def see(self, index: int, count: int = 1) -> Window:
-        return Window(self.arena.fd, [(index, count)])
+        return Window(self.memory, [(index, count)])
 
     def __enter__(self) -> GrantDesk:
         return self
@@ -214,26 +246,22 @@ class GrantDesk:
             self.memory.close()
 
 
-class Window:
-    """Pages of the file, mapped side by side: (index, count)s. Use it in `with`."""
+def open_two(desk: GrantDesk, numbers: dict[str, int], far: int) -> tuple[GrantProgram, GrantProgram]:
+    """gntdev and gntalloc of domain 1; FreeBSD has only one of them."""
+    gntdev = desk.open(1, "gntdev", numbers)
+    gntalloc = desk.open(1, "gntalloc", numbers) if numbers is LINUX else gntdev
+    for program in (gntdev, gntalloc):
+        program.uid = os.geteuid() + far
+    return gntdev, gntalloc
 
-    def __init__(self, fd: int, parts: list[tuple[int, int]]) -> None:
-        self.pages = sum(count for _, count in parts)
-        self.map = mmap.mmap(-1, self.pages * PAGE)
-        self._view = ctypes.c_char.from_buffer(self.map)
-        self.at = ctypes.addressof(self._view)
-        _libc.mmap.restype = ctypes.c_void_p
-        address = self.at
-        for index, count in parts:
-            where = _libc.mmap(
-                ctypes.c_void_p(address), ctypes.c_size_t(count * PAGE), 3, 0x11, fd, ctypes.c_long(index)
-            )  # MAP_SHARED | MAP_FIXED
-            assert where == address, os.strerror(ctypes.get_errno())
-            address += count * PAGE
 
-    def __enter__(self) -> Window:
-        return self
-
-    def __exit__(self, kind: object, value: object, trace: object) -> None:
-        del self._view
-        self.map.close()
+def segment(source: int | tuple[int, int, int], dest: int | tuple[int, int, int], length: int) -> bytes:
+    """A side is an address, or domid, reference, offset."""
+    flags, sides = 0, []
+    for side, flag in ((source, FROM), (dest, TO)):
+        if isinstance(side, int):
+            sides.append(side)
+        else:
+            flags |= flag
+            sides.append(int.from_bytes(pack("<IHH", side[1], side[2], side[0]), "little"))
+    return SEGMENT.pack(*sides, length, flags, 77)

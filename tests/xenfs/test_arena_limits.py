@@ -114,8 +114,10 @@ def test_kept_frames_go_when_there_is_room(bench: Bench):
     bench.nothing_left()
 
 
-def test_kept_and_joined(bench: Bench):
-    """Goal: a frame that was kept can be joined, and then it is its new user's alone.  Method: join, room, step, leave."""
+@pytest.mark.parametrize("stepped", [False, True])
+def test_kept_and_joined(bench: Bench, stepped: bool):
+    """Goal: a frame that was kept can be joined, and then it is its new user's alone, and is kept for nobody when it leaves.
+    Method: join, room, leave; step() looks in between, or does not."""
     bench.arena._most_pieces = 16
     run, held, between = cut(bench, range(10, 21))
     kept = next(frame for frame in between if not bench.left[("first", frame)])
@@ -123,7 +125,8 @@ def test_kept_and_joined(bench: Bench):
     bench.arena.join([kept], where, 1)
     assert bench.left[("first", kept)] == 1
     bench.leave(held)
-    bench.arena.step()
+    if stepped:
+        bench.arena.step()
     assert bench.arena.where(kept) == where and bench.mappings() == 1
     bench.leave([kept], "second")
     assert set(bench.left.values()) == {1}

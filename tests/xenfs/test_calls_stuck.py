@@ -15,7 +15,7 @@ import pytest
 from sysdev.steps import Job, Maps, Pause, Read, TransferIn, TransferOut, Write
 from tests.descriptors import open_files
 from tests.xenfs.callbench import Desk, do, threads, waiting_threads
-from tests.xenfs.programs import PAGE
+from tests.xenfs.programs import PAGE, Program
 from xenfs.calls import THREADS_MOST
 
 
@@ -112,6 +112,75 @@ def test_fills_until_an_error(desk: Desk):
     assert not desk.calls.fills([range(where, where + 16)])
 
 
+# --- who is killed -------------------------------------------------------------------------------------------------------
+
+
+def held(program: Program, fd: int) -> int:
+    """That userfaultfd as ours, so that it outlives the program."""
+    pidfd = os.pidfd_open(program.pid)
+    ours: int = ctypes.CDLL(None).syscall(438, pidfd, fd, 0)  # pidfd_getfd(2)
+    os.close(pidfd)
+    assert ours >= 0
+    return ours
+
+
+@pytest.mark.host
+def test_a_caller_that_is_killed(desk: Desk):
+    """Goal: it has its answer while the thread still waits for its memory, and no second one; its job learns of it once, and
+    has all the turns that it needs to clean up, but reaches for no memory any more.  Method: a signal that does not kill,
+    one that does; then the memory is handed out."""
+    program, fd, stuck = desk.stuck()
+    ours, notes, signalled = held(program, fd), [], []
+    desk.calls.on_signalled = lambda: signalled.append(1)
+
+    def job() -> Job[int]:
+        try:
+            yield Read(stuck, 8)
+        except OSError as error:
+            notes.append(error.errno)
+            for _ in range(3):
+                yield Pause.TURN
+                notes.append("a turn")
+            try:
+                yield Write(stuck, b"x")
+            except OSError as gone:
+                notes.append(gone.errno)
+            raise
+        return 0
+
+    asked = desk.ask(job(), program.pid)
+    desk.until(lambda: waiting_threads() == 1)
+    assert desk.calls.interrupt(asked) and not desk.answers[asked] and signalled == [1]
+    assert not desk.calls.interrupt(asked + 1)
+    program.process.kill()
+    program.process.wait()
+    desk.calls.give_up_killed()
+    assert desk.only(asked) == (errno.EINTR, 0, b"") and waiting_threads() == 1 and not notes
+    assert not desk.calls.interrupt(asked)
+    os.close(ours)
+    desk.until(lambda: desk.domains[1].under_way == 0)
+    assert desk.only(asked) == (errno.EINTR, 0, b"") and signalled == [1]
+    assert notes == [errno.EINTR, "a turn", "a turn", "a turn", errno.EINTR]
+    assert not desk.calls._far and desk.domains[1].queued == 0
+
+
+@pytest.mark.host
+def test_what_a_killed_caller_had_in_the_queue(desk: Desk):
+    """Goal: its number may be another's by the time a thread comes to it: nobody is written to.  Method: a step behind stuck
+    ones, given up; the "other" with the number is the program itself, which lives on."""
+    program, fd, stuck = desk.stuck()
+    good = program("pages(1)")
+    for _ in range(THREADS_MOST):
+        desk.ask(do(Read(stuck, 8)), program.pid)
+    desk.until(lambda: waiting_threads() == THREADS_MOST)
+    asked = desk.ask(do(Write(good, b"to whom?")), program.pid)
+    (running,) = [one for one in desk.calls._far.values() if one.request is not None and one.request.unique == asked]
+    running.answered = True
+    program(f"os.close({fd})")
+    desk.until(lambda: desk.domains[1].under_way == 0)
+    assert program(f"ctypes.string_at({good}, 8)") == bytes(8) and not desk.answers[asked]
+
+
 # --- the end -------------------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +213,8 @@ def test_a_domain_ends_while_its_callers_wait(desk: Desk):
     desk.domains[1].close()
     for one in (*queued, between, done):
         assert desk.answer(one) == (errno.ENODEV, 0, b"")
-    assert ended == ["own"] and not desk.answers[two_steps] and not any(desk.answers[one] for one in held)
+    assert ended == ["own"] and len(desk.calls._far) == THREADS_MOST
+    assert not desk.answers[two_steps] and not any(desk.answers[one] for one in held)
     program(f"os.close({fd})")
     assert {desk.answer(one)[0] for one in held} == {0}
     assert desk.answer(two_steps) == (errno.ENODEV, 0, b"")
