@@ -20,7 +20,7 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
@@ -51,7 +51,7 @@ class Workers:
     def __init__(self, count: int = WORKERS) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._under_way: dict[int, Job] = {}  # by id(): put(), but not reaped yet
+        self._filling: dict[int, tuple[Job, list[tuple[int, int]]]] = {}  # reads not reaped yet, by id()
         # `fd` is readable exactly while something is in `_done`: else the loop would spin, or sleep too long
         self._done: list[tuple[Job, int]] = []
         self._done_lock = threading.Lock()
@@ -60,17 +60,18 @@ class Workers:
             thread.start()
 
     def put(self, job: Job) -> None:
-        self._under_way[id(job)] = job
+        if job[1] == "preadv":
+            self._filling[id(job)] = job, []
         self._jobs.put(job)
 
-    def fills(self, ranges: Sequence[range]) -> bool:
-        """May a worker be reading from a disk into memory at one of these addresses?"""
-        for _, what, views, _, _ in self._under_way.values():
-            for view in views if what == "preadv" else ():
-                start = ctypes.addressof(ctypes.c_char.from_buffer(view))
-                if any(start < one.stop and one.start < start + len(view) for one in ranges):
-                    return True
-        return False
+    def filling(self) -> Iterator[tuple[int, int]]:
+        """Where in our memory a worker may be writing just now: addresses of first bytes, and after last ones."""
+        for (_, _, views, _, _), places in self._filling.values():
+            if not places:
+                for view in views:
+                    start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+                    places.append((start, start + len(view)))
+            yield from places
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -89,7 +90,7 @@ class Workers:
             os.eventfd_read(self.fd)
             done, self._done = self._done, []
         for job, status in done:
-            del self._under_way[id(job)]
+            self._filling.pop(id(job), None)
             image, what, _, _, request = job
             image.job_done(what)
             request.complete(status)

@@ -101,7 +101,8 @@ class Gntalloc:
     def _free(self, page: Page) -> None:
         domain, frame = self.domain, Frame(self.domain.memory, page.pfn)
         if page.notify is not None:
-            page.notify.fire(domain.memory.run(page.pfn))
+            page.notify.clear(domain.memory.run(page.pfn))
+            page.notify.send()
 
         def released() -> None:
             domain.memory.release(page.pfn)
@@ -122,8 +123,8 @@ class GntallocUser:
     def alloc(self, domid: int, flags: int, count: int) -> Job[tuple[int, list[Gref]]]:
         """ALLOC_GREF: `count` pages for `domid`: their index, for they are neighbours in the file, and references.
 
-        OSError ENOSPC: more than the limit; ENOMEM: the domain, its grant table or the host has no more; ENODEV: the domain
-        has ended."""
+        OSError ENOSPC: more than the limit, or than the grant table has left; ENOMEM: the domain or the host has no more
+        memory; ENODEV: the domain has ended."""
         device = self.device
         if count > device.limit - device.used:
             yield from device.sweep()
@@ -135,8 +136,10 @@ class GntallocUser:
             return 0, []
         try:
             pages = self._make(Domid(domid), bool(flags & GNTALLOC_FLAG_WRITABLE), count)
-        except (OutOfMemory, GrantTableFull) as error:
+        except OutOfMemory as error:
             raise OSError(errno.ENOMEM, str(error)) from error
+        except GrantTableFull as error:
+            raise OSError(errno.ENOSPC, str(error)) from error
         self.pages.update((page.index, page) for page in pages)
         return pages[0].index, [page.ref for page in pages]
 

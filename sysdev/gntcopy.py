@@ -36,11 +36,14 @@ class Pinned(NamedTuple):
 
 
 def copy(domain: Domain, segments: bytes) -> Job[list[int]]:
-    """What became of each segment. OSError EINVAL, EFAULT: the request is bad, and some of it may have been done."""
+    """What became of each segment. OSError EINVAL, EFAULT: the request is bad, ENODEV: the domain has
+    ended; some of it may have been done."""
     statuses: list[int] = []
     for first in range(0, len(segments), SLICE * SEGMENT.size):
         if first:
             yield Pause.TURN
+        if domain.hypervisor.domains.get(domain.domid) is not domain:
+            raise OSError(errno.ENODEV, f"domain {domain.domid} has ended")
         batch = _Batch(domain)
         try:
             for fields in SEGMENT.iter_unpack(segments[first : first + SLICE * SEGMENT.size]):

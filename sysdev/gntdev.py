@@ -4,8 +4,8 @@ Gntdev is a domain's device, GntdevUser one open of it. The node in xenfs/nodes 
 becomes visible to a process is behind a port, the Arena. Requests that may be long, or must wait for a disk, are jobs of
 steps.py.
 
-As in Linux: MAP gives an index, UNMAP wants the index and count of one MAP, a notification is sent before the unmapping and
-its port is held until then. Unlike Linux, grants are mapped by the ioctl already (nobody tells us of the mmap), writable
+As in Linux: MAP gives an index, UNMAP wants the index and count of one MAP, a notification's byte is cleared before the
+unmapping, its event sent after it, and its port held until then. Unlike Linux, grants are mapped by the ioctl already (nobody tells us of the mmap), writable
 wherever the grant allows it, and unmapped by UNMAP even if the process still has an mmap of them: that then shows nothing.
 
 Invariant: every Mapping of a user is in one of its maps, and each frame of it counts as one use of the arena's slot.
@@ -54,10 +54,13 @@ class Notify:
         if action & UNMAP_NOTIFY_SEND_EVENT and (status := evtchn.get(port)) < 0:
             raise OSError(-status, f"port {port} is not bound through dev/xen/evtchn")
 
-    def fire(self, view: memoryview | None) -> None:
-        """It is unmapped now; `view` is the page `at` is in, None if it may not be written."""
+    def clear(self, view: memoryview | None) -> None:
+        """It is about to be unmapped; `view` is the page `at` is in, None if it may not be written."""
         if self.action & UNMAP_NOTIFY_CLEAR_BYTE and view is not None:
             view[self.at % PAGE_SIZE] = 0
+
+    def send(self) -> None:
+        """It is unmapped."""
         if self.action & UNMAP_NOTIFY_SEND_EVENT:
             self.evtchn.send(self.port)
         self.drop()
@@ -217,7 +220,7 @@ class GntdevUser:
         return 0
 
     def _forget(self, grant_map: GrantMap) -> None:
-        """No program can refer to it any more; its notification is sent."""
+        """No program can refer to it any more."""
         del self.maps[grant_map]
         self._changing[grant_map] = None
         for page in grant_map.pages():
@@ -226,7 +229,7 @@ class GntdevUser:
                 del self._at[page]
         if grant_map.notify is not None:
             mapping = grant_map.at(grant_map.notify.at)
-            grant_map.notify.fire(None if mapping.readonly else mapping.view)
+            grant_map.notify.clear(None if mapping.readonly else mapping.view)
 
     def _undo(self, grant_map: GrantMap) -> Job[None]:
         """Unmap what is left of it: what can be seen, once a frame is where its owner expects it to be."""
@@ -241,7 +244,10 @@ class GntdevUser:
                 unmap(mapping.handle)
             if mappings:
                 yield Pause.TURN
-        self._changing.pop(grant_map, None)
+        if grant_map in self._changing:  # nobody else has undone the rest of it
+            del self._changing[grant_map]
+            if grant_map.notify is not None:
+                grant_map.notify.send()
 
     # --- the others ----------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
-Fills = Callable[[Sequence[range]], bool]
+Filling = Callable[[], Iterable[tuple[int, int]]]
 
 
 class Run:
@@ -72,10 +72,10 @@ class Slot:
 
 
 class Arena:
-    """`fills(ranges)`: is somebody else, a disk worker, writing to memory of ours at these addresses just now?"""
+    """`filling()`: where somebody else, a disk worker, may be writing to our memory just now: from address to address."""
 
-    def __init__(self, fills: Fills = lambda ranges: False) -> None:
-        self.fills = fills
+    def __init__(self, filling: Filling = lambda: ()) -> None:
+        self.filling = filling
         self.backing_id = 0  # 0: nobody can map it
         self.device = 0  # st_dev of the mount through which processes map it
         self.fd = os.memfd_create("xenfs-arena", os.MFD_CLOEXEC)
@@ -156,7 +156,8 @@ class Arena:
         pieces = _neighbours(frames)
         if self._room(run.domid) < len(pieces):
             raise OutOfMemory("too many pieces of memory for processes: the host's vm.max_map_count sets a limit")
-        if self.fills([_addresses(frame, count) for frame, count in pieces]):
+        busy = _Busy(self.filling())
+        if any(busy.touches(frame, count) for frame, count in pieces):
             return False
         page = run.first + index
         for frame, count in pieces:
@@ -200,16 +201,19 @@ class Arena:
 
     def step(self) -> None:
         """Try again what could not go home. Called when disk workers have done something."""
-        looks = LOOKS_MOST
+        looks, busy = LOOKS_MOST, _Busy(self.filling() if self._leaving else ())
+        free: list[Frame] = []
         for _ in range(len(self._leaving)):
             first, count = self._leaving.popleft()
-            if self.fills([_addresses(first, count)]):
+            if busy.touches(first, count):
                 self._leaving.append((first, count))
                 looks -= 1
                 if not looks:
                     break
             else:
-                self._bring_home(Frame(first.memory, first.pfn + i) for i in range(count))
+                free += [Frame(first.memory, first.pfn + i) for i in range(count)]
+        if free:
+            self._bring_home(free)
         for domid, kept in list(self._kept.items()):
             if kept and (room := self._room(domid)) > 0:
                 frames = set(islice(kept, room))
@@ -219,12 +223,12 @@ class Arena:
     def _bring_home(self, frames: Iterable[Frame]) -> None:
         """Those of them that are here and have no users."""
         unused = [frame for frame in frames if (slot := self._slots.get(frame)) is not None and not slot.users]
-        stretches = self._stretches(sorted(unused, key=_place))
+        stretches, busy = self._stretches(sorted(unused, key=_place)), _Busy(self.filling())
         for first, count in stretches:  # which grow
             slot = self._slots[first]
             around, domid = self._around(first, count, slot.page), slot.run.domid
             run = [Frame(first.memory, first.pfn + i) for i in range(count)]
-            if self.fills([_addresses(first, count)]):
+            if busy.touches(first, count):
                 self._leaving.append((first, count))
                 continue
             if len(around) == 2 and self._room(domid) < 1:
@@ -332,6 +336,21 @@ def _place(frame: Frame) -> tuple[int, int]:
     return id(frame.memory), frame.pfn
 
 
-def _addresses(frame: Frame, count: int) -> range:
-    start = frame.memory.address(frame.pfn)
-    return range(start, start + count * PAGE_SIZE)
+class _Busy:
+    """Memory that others are writing to."""
+
+    def __init__(self, places: Iterable[tuple[int, int]]) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        for start, end in sorted(places):
+            if self.ends and start <= self.ends[-1]:
+                self.ends[-1] = max(end, self.ends[-1])
+            else:
+                self.starts.append(start)
+                self.ends.append(end)
+
+    def touches(self, frame: Frame, count: int) -> bool:
+        """Any of `count` frames from that one on?"""
+        start = frame.memory.address(frame.pfn)
+        before = bisect(self.starts, start + count * PAGE_SIZE - 1)
+        return bool(before) and self.ends[before - 1] > start

@@ -34,6 +34,7 @@ SMALL_BYTES = 4096  # what goes through the buffer that is there already
 MAPS_BYTES_MAX = 32 << 20  # 65530 mappings (vm.max_map_count) with names of 400 bytes
 MAPS_PIECE_BYTES = 65536
 STATUS_BYTES = 1024  # of /proc/PID/status: Name (at most 64 characters, escaped) and Tgid are among the first lines
+_STAT_SIGNAL = 31 - 3  # of /proc/PID/stat: what is pending for the thread, counted from after its name
 COMM_MAX = 15  # TASK_COMM_LEN without its NUL
 
 PROCMAP_QUERY = 0xC0686611  # <linux/fs.h>: _IOWR('f', 17, struct procmap_query), Linux 6.11
@@ -139,12 +140,11 @@ def thread_group(pid: int) -> int:
 def killed(pid: int) -> bool:
     """Has the thread a SIGKILL that it has not died of yet, or is it gone?"""
     try:
-        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-            text = file.read(STATUS_BYTES * 4)
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            fields = file.read(STATUS_BYTES).rpartition(b")")[2].split()
     except OSError:
         return True
-    pending = text.partition(b"\nSigPnd:\t")[2].split(b"\n", 1)[0]
-    return not pending or bool(int(pending, 16) >> (signal.SIGKILL - 1) & 1)
+    return len(fields) <= _STAT_SIGNAL or bool(int(fields[_STAT_SIGNAL]) >> (signal.SIGKILL - 1) & 1)
 
 
 def _status(pid: int) -> tuple[str, int]:

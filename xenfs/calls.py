@@ -4,9 +4,9 @@ An ioctl here is a job (sysdev/steps.py). What of the caller's memory it asks fo
 in a file of this very mount, in memory that another process hands out page by page (userfaultfd). Whoever touches it waits,
 perhaps for ever, so the loop does not: threads of that domain do, a few, so that a domain can only keep itself waiting.
 There is one short cut: a few bytes of a process with our own user id, which could kill us anyway. And as most threads are
-done at once, the loop waits for one a moment, unless that domain has others that wait: a trip through epoll costs more.
+done at once, the loop waits for one a moment if nobody else wants anything: a trip through epoll costs more.
 
-Invariants: a request is answered once; a frame that a thread fills is not moved meanwhile (`fills`).
+Invariants: a request is answered once; a frame that a thread fills is not moved meanwhile (`filling`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -34,6 +34,7 @@ THREADS_MOST = 4  # of a domain
 JOBS_MOST = 64  # of a guest, under way at a time: as many processes or threads of it can call at once
 SHORT_BYTES = caller.SMALL_BYTES  # a short cut takes no more
 MOMENT_S = 200e-6  # of one turn of a job
+SLOW_S = 0.1  # no moment for a domain that was given one in vain
 
 Result = int | tuple[int, bytes]  # what ioctl(2) returns, and bytes for the structure that FUSE brings back
 
@@ -48,7 +49,11 @@ class Running:
         self.request = request
         self.job = job
         self.step: Step | None = None  # what a thread does for it
-        self.answered = False  # its caller was killed and has its answer, or there never was one
+        self.answered = False  # its caller was killed and has its answer
+
+    @property
+    def key(self) -> int:
+        return self.request.unique if self.request is not None else -id(self)
 
     @property
     def pid(self) -> int:
@@ -66,18 +71,17 @@ class Calls:
         self._done: list[tuple[Running, Any, OSError | None]] = []
         self._done_lock = threading.Lock()
         self._came = threading.Lock()  # free when something has come since the last look
-        self._far: dict[int, Running] = {}  # whose step a thread has, by id()
+        self.is_quiet: Callable[[], bool] = lambda: True  # nobody else wants anything just now
+        self._far: dict[int, Running] = {}  # whose step a thread has; by number of the request, or id() without one
         self._signalled: list[Running] = []  # of those: the caller had a signal, and may be killed by now
         self.on_signalled: Callable[[], None] = lambda: None  # give_up_killed() has to look again, in a while
 
-    def fills(self, ranges: Sequence[range]) -> bool:
-        """May a thread be writing to memory of ours at one of these addresses?"""
+    def filling(self) -> Iterator[tuple[int, int]]:
+        """Where in our memory a thread may be writing just now: addresses of first bytes, and after last ones."""
         for running in self._far.values():
             for _, view in running.step.pieces if isinstance(running.step, TransferIn) else ():
                 start = ctypes.addressof(ctypes.c_char.from_buffer(view))
-                if any(start < one.stop and one.start < start + len(view) for one in ranges):
-                    return True
-        return False
+                yield start, start + len(view)
 
     def step(self) -> bool:
         """Go on with what can go on, each for one turn; True if some want another at once, or if memory is filled now, for
@@ -112,7 +116,7 @@ class Calls:
         """Its step is done; True if that filled memory of ours."""
         running.calls.queued -= 1
         step, running.step = running.step, None
-        self._far.pop(id(running), None)
+        self._far.pop(running.key, None)
         return isinstance(step, TransferIn)
 
     def _await(self, running: Running, until: float) -> tuple[Any, OSError | None] | None:
@@ -142,10 +146,13 @@ class Calls:
                     value, error = _try(_near, running.pid, step)
                     continue
                 running.step = step
-                self._far[id(running)] = running
+                self._far[running.key] = running
                 calls.put(running, step)
-                done = self._await(running, until) if calls.queued == 1 else None
+                if calls.queued > 1 or until < calls.slow_until or not self.is_quiet():
+                    return
+                done = self._await(running, until)
                 if done is None:
+                    calls.slow_until = until + SLOW_S
                     return
                 value, error = done
         except StopIteration as stop:
@@ -164,18 +171,18 @@ class Calls:
     def interrupt(self, unique: int) -> bool:
         """A request's caller had a signal. Only one that kills it counts, as in a kernel that waits for a page; but without
         an answer it cannot die, nor its memory go. Linux tells us of the first signal only: give_up_killed() looks again."""
-        for running in self._far.values():
-            if running.request is not None and running.request.unique == unique and not running.answered:
-                self._signalled.append(running)
-                self.give_up_killed()
-                return True
-        return False
+        running = self._far.get(unique)
+        if running is None or running.answered:
+            return False
+        self._signalled.append(running)
+        self.give_up_killed()
+        return True
 
     def give_up_killed(self) -> None:
         """Answer those whose callers are killed. The job learns of it when the thread is back."""
         signalled, self._signalled = self._signalled, []
         for running in signalled:
-            if id(running) not in self._far:
+            if self._far.get(running.key) is not running:
                 continue
             if not caller.killed(running.pid):
                 self._signalled.append(running)
@@ -210,6 +217,7 @@ class DomainCalls:
         self.domid = domid
         self.under_way = 0
         self.queued = 0  # steps that are not reaped
+        self.slow_until = 0.0
         self.closed = False
         self._threads: list[threading.Thread] = []
         self._queue: SimpleQueue[tuple[Running, Step] | None] = SimpleQueue()

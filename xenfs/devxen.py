@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import chain
 
 import trio
 
 from sysdev.evtchn import EvtchnDevice
 from sysdev.gntalloc import Gntalloc
 from sysdev.gntdev import Gntdev
-from xenfs.arena import Arena, Fills
+from xenfs.arena import Arena, Filling
 from xenfs.calls import Calls, DomainCalls
 from xenfs.fuse.tree import Directory, Node
 from xenfs.nodes.evtchn import EvtchnNode
@@ -26,15 +27,15 @@ CHORES_S = 1.0  # how long a page of gntalloc may outlive its last mapping
 
 
 class XenDevices:
-    """All of them. `fills` as the Arena's; `kick` delivers what a batch caused; `table(domain)` is what evtchn reads as."""
+    """All of them. `filling` as the Arena's; `kick` delivers what a batch caused; `table(domain)` is the text of evtchn."""
 
-    def __init__(self, fills: Fills, kick: Callable[[], bool], table: Callable[[Domain], str]) -> None:
+    def __init__(self, filling: Filling, kick: Callable[[], bool], table: Callable[[Domain], str]) -> None:
         self.calls = Calls()
-        self.arena = Arena(lambda ranges: fills(ranges) or self.calls.fills(ranges))
+        self.arena = Arena(lambda: chain(filling(), self.calls.filling()))
         self.gid: int | None = None  # a group that may use the files, too
         self._kick = kick
         self._table = table
-        self._domains: dict[int, DomainDevices] = {}
+        self.domains: dict[int, DomainDevices] = {}
         self._chores = trio.Event()
         self.calls.on_signalled = lambda: self._chores.set()
 
@@ -42,7 +43,7 @@ class XenDevices:
         """Put the files of a domain into its dev/xen."""
         devices = DomainDevices(domain, self.arena, self.calls, lambda: self._table(domain))
         devices.gntalloc.on_linger = lambda: self._chores.set()
-        self._domains[domain.domid] = devices
+        self.domains[domain.domid] = devices
         for name, node in devices.nodes.items():
             directory.add(name, node)
         for node in directory.children.values():
@@ -51,7 +52,7 @@ class XenDevices:
 
     def remove(self, domid: int) -> None:
         """A domain ends: whatever programs hold of it, and it of others."""
-        if (devices := self._domains.pop(domid, None)) is not None:
+        if (devices := self.domains.pop(domid, None)) is not None:
             devices.stop()
 
     def mounted(self, fuse_fd: int, device: str) -> None:
@@ -79,14 +80,14 @@ class XenDevices:
             self._chores = trio.Event()
             await trio.sleep(CHORES_S)
             self.calls.give_up_killed()
-            for devices in self._domains.values():
+            for devices in self.domains.values():
                 if devices.gntalloc.lingering:
                     devices.calls.run(None, devices.gntalloc.sweep())
             while self._kick():
                 await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        for domid in list(self._domains):
+        for domid in list(self.domains):
             self.remove(domid)
         self.arena.close()
         self.calls.close()
@@ -111,8 +112,7 @@ class DomainDevices:
     def stop(self) -> None:
         for node in self.grant_nodes:
             node.stopped = True
-        for user in list(self.gntdev.users):
-            self.calls.run(None, user.close())
+        self.gntdev.stop()
         self.gntalloc.stop()
         self.evtchn.stop()
         self.calls.close()

@@ -72,7 +72,7 @@ class World:
         self.hypervisor = Hypervisor(clock=time.monotonic)
         self.store = StoreHost(self.hypervisor, self.kick)
         self.store.on_release = self._released
-        self.devices = XenDevices(self.workers.fills, self.kick, ledger.evtchn)
+        self.devices = XenDevices(self.workers.filling, self.kick, ledger.evtchn)
         self.devices.gid = device_gid
         self.toolstack = Toolstack(self.hypervisor)
         self.vifs = Vifs(self.toolstack, self.kick, lambda line: self.announce(line))

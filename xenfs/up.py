@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -110,6 +111,9 @@ async def _serve(world: World, mounted: Mount) -> HostError | None:
     failure: HostError | None = None
     session = Session(world.root, sender(mounted.fd), os.geteuid(), os.getegid())
     session.on_passthrough = lambda: world.devices.mounted(mounted.fd, mounted.device)
+    requests = select.poll()
+    requests.register(mounted.fd, select.POLLIN)
+    world.devices.calls.is_quiet = lambda: not requests.poll(0)
     server = Server(mounted.fd, session, world.kick)
     stop = trio.Event()
     with trio.open_signal_receiver(*SIGNALS) as signals:

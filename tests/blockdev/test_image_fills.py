@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from blockdev.image import MOST_JOBS, Image, Workers
 from blockdev.storage import PENDING, Backing
 from tests.blockdev.test_image import Bench, Done, bench
 from tests.blockdev.test_image_load import ByHand
+from tests.filling import touched
 from xenfs.arena import Arena
 from xenmodel.memory import Frame, GuestMemory
 from xenmodel.public.io.blkif import BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
@@ -42,7 +44,7 @@ class Rig:
 
     def filled(self) -> list[int]:
         """Which frames, each asked for alone."""
-        return [pfn for pfn in range(self.memory.pages) if self.workers.fills([frames_at(self.memory, pfn)])]
+        return [pfn for pfn in range(self.memory.pages) if touched(self.workers.filling, [frames_at(self.memory, pfn)])]
 
 
 def frames_at(memory: GuestMemory, pfn: int, count: int = 1) -> range:
@@ -78,7 +80,7 @@ def test_exactly_its_bytes(rig: Rig):
     """Goal: what only touches the memory is not filled.  Method: part of a frame; ranges before and behind."""
     start = rig.memory.address(5)
     rig.image.read(0, [rig.frames(5)[512:1024]], 512, Done())
-    fills = rig.workers.fills
+    fills = partial(touched, rig.workers.filling)
     assert fills([range(start, start + 513)]) and fills([range(start + 1023, start + PAGE_SIZE)])
     assert fills([frames_at(rig.memory, 1), frames_at(rig.memory, 4, 3), frames_at(rig.memory, 20)])
     assert not fills([range(start, start + 512), range(start + 1024, start + PAGE_SIZE)]) and not fills([])
@@ -104,7 +106,7 @@ def test_what_waits_for_its_turn_goes_where_the_frame_is_then(rig: Rig):
     for pfn, request in enumerate(requests):
         rig.image.read(pfn * PAGE_SIZE, [rig.frames(pfn)], PAGE_SIZE, request)
     assert rig.filled() == list(range(MOST_JOBS))
-    arena = Arena(rig.workers.fills)
+    arena = Arena(rig.workers.filling)
     with closing(arena):
         frames = [Frame(rig.memory, MOST_JOBS), Frame(rig.memory, 0)]
         run = arena.reserve(2, 1)
@@ -151,7 +153,7 @@ def test_in_the_middle_of_a_read(bench: Bench, pages: int):
     path, memory = bench.file(), bench.memory
     Path(path).write_bytes(os.urandom(MIB))
     image = bench.open(path, direct_io=True)
-    arena, done = Arena(bench.workers.fills), Done()
+    arena, done = Arena(bench.workers.filling), Done()
     frames = [Frame(memory, 100 + i) for i in range(pages)]
     run = arena.reserve(pages, 1)
     fd = unserved(memory, 100)
@@ -160,7 +162,7 @@ def test_in_the_middle_of_a_read(bench: Bench, pages: int):
     while not any_in_preadv(bench.workers):
         assert time.monotonic() < ends, "it does not wait"
     for pfn in range(98, 105):
-        assert bench.workers.fills([frames_at(memory, pfn)]) == (100 <= pfn < 100 + pages)
+        assert touched(bench.workers.filling, [frames_at(memory, pfn)]) == (100 <= pfn < 100 + pages)
     for _ in range(3):
         assert not arena.show(frames, run, 0)
         assert not bench.workers.reap() and not memory.is_away(100)

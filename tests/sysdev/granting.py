@@ -99,14 +99,14 @@ class Grants:
             domid: self.hypervisor.create_domain(pages, str(domid), domid, max_grant_frames) for domid in range(4)
         }
         self.filling: list[Frame] = []  # what a disk worker writes to
-        self.arena = Arena(self._fills)
+        self.arena = Arena(self.places)
         self.evtchn = {domid: EvtchnDevice(domain.events) for domid, domain in self.domains.items()}
         self.gntdev = {d: Gntdev(domain, self.evtchn[d], self.arena) for d, domain in self.domains.items()}
         self.gntalloc = {d: Gntalloc(domain, self.evtchn[d], self.arena, limit) for d, domain in self.domains.items()}
 
-    def _fills(self, ranges: Sequence[range]) -> bool:
-        addresses = [frame.memory.address(frame.pfn) for frame in self.filling]
-        return any(address in one for address in addresses for one in ranges)
+    def places(self) -> list[tuple[int, int]]:
+        """Where that is."""
+        return [(at, at + PAGE_SIZE) for at in (frame.memory.address(frame.pfn) for frame in self.filling)]
 
     def close(self) -> None:
         self.hypervisor.close()

@@ -115,7 +115,7 @@ def test_limits(grants, device, user, maps):
     table.max_frames = 1
     refs = [table.grant_access(3, pfn) for _ in range(table.available - 2)]
     full = grants.held()
-    assert refused(user.alloc(2, 1, 3)) == errno.ENOMEM and grants.held() == full
+    assert refused(user.alloc(2, 1, 3)) == errno.ENOSPC and grants.held() == full
     refs += [table.grant_access(3, pfn)]
     table.max_frames = 2
     full = grants.held()

@@ -229,8 +229,8 @@ def test_notification(grants, user, how):
     assert grants.events(other) == [] and grants.violations() == []
 
 
-def test_notification_while_it_is_mapped(grants, user):
-    """Goal: the peer learns of it before the page is unmapped: it is not free yet.  Method: send() looks at the pins."""
+def test_notification_when_it_is_unmapped(grants, user):
+    """Goal: when the peer learns of it, the byte is cleared and the page free.  Method: send() looks at the pins."""
     (ref,) = grants.grant(2, 1, 1)
     _, port, _, _ = grants.pair(1, 2)
     index = grants.map(user, [ref])
@@ -239,7 +239,7 @@ def test_notification_while_it_is_mapped(grants, user):
     send = grants.evtchn[1].send
     grants.evtchn[1].send = lambda port: (seen.append((page[0], grants.entry(ref).pins)), send(port))
     assert user.set_unmap_notify(index, CLEAR | SEND, port) == 0
-    assert finish(user.unmap(index, 1)) == 0 and seen == [(0, 1)]
+    assert finish(user.unmap(index, 1)) == 0 and seen == [(0, 0)]
 
 
 def test_notifications_are_replaced(grants, user):

@@ -24,13 +24,14 @@ class Bench:
     def __init__(self, pages: int = 64, memories: int = 2) -> None:
         self.filled: set[Frame] = set()
         self.looked = 0
-        self.arena = Arena(self.fills)
+        self.arena = Arena(self.places)
         self.memories = [GuestMemory(pages, f"bench{i}") for i in range(memories)]
         self.left: Counter[object] = Counter()
 
-    def fills(self, ranges: Sequence[range]) -> bool:
+    def places(self) -> list[tuple[int, int]]:
+        """Where somebody writes."""
         self.looked += 1
-        return any(frame.memory.address(frame.pfn) in one for frame in self.filled for one in ranges)
+        return [(at, at + PAGE_SIZE) for at in (frame.memory.address(frame.pfn) for frame in self.filled)]
 
     def frames(self, *pfns: int, memory: int = 0) -> list[Frame]:
         """Frames with known content: a number of the domain and the frame."""

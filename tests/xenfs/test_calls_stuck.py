@@ -9,11 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from sysdev.steps import Job, Maps, Pause, Read, TransferIn, TransferOut, Write
 from tests.descriptors import open_files
+from tests.filling import touched
 from tests.xenfs.callbench import Desk, do, threads, waiting_threads
 from tests.xenfs.programs import PAGE, Program
 from xenfs.calls import THREADS_MOST
@@ -71,7 +73,7 @@ def test_fills(desk: Desk):
     TransferIn, exactly its bytes.  Method: one of two pieces is stuck; ranges around; TransferOut and Read beside it."""
     program, fd, stuck = desk.stuck()
     good = program("pages(1)")
-    view, fills = memoryview(bytearray(4 * PAGE)), desk.calls.fills
+    view, fills = memoryview(bytearray(4 * PAGE)), partial(touched, desk.calls.filling)
     base = ctypes.addressof(ctypes.c_char.from_buffer(view))
     assert not fills([range(base, base + 4 * PAGE)])
     asked = [
@@ -106,10 +108,10 @@ def test_fills_until_an_error(desk: Desk):
     asked = desk.ask(do(TransferIn([(stuck, view[:8]), (8, view[8:])])), program.pid)
     where = ctypes.addressof(ctypes.c_char.from_buffer(view))
     desk.until(lambda: waiting_threads() == 1)
-    assert desk.calls.fills([range(where, where + 16)])
+    assert touched(desk.calls.filling, [range(where, where + 16)])
     program(f"os.close({fd})")
     assert desk.answer(asked) == (errno.EFAULT, 0, b"")
-    assert not desk.calls.fills([range(where, where + 16)])
+    assert not touched(desk.calls.filling, [range(where, where + 16)])
 
 
 # --- who is killed -------------------------------------------------------------------------------------------------------

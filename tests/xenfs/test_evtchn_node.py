@@ -197,6 +197,23 @@ def test_readers_wait_in_turn(desk, a, b):
     assert b.read(3, WAIT) == Reply(0, b""), "Linux: no whole port is no wait"
 
 
+def test_more_events_than_room(desk, a, b):
+    """Goal: events that a reader has no room for go to the next one, and what is left stays for later.
+    Method: two readers with room for one port, and one write that unmasks three pending ones."""
+    pairs = [desk.pair(a, b) for _ in range(3)]
+    peers = [peer for _, peer in pairs]
+    for _ in range(2):
+        for port, _ in pairs:
+            a.call("notify", port)
+        if b.read() == EAGAIN:
+            break
+    readers = [b.send_read(4), b.send_read(4)]
+    assert not b.kernel.replies
+    b.write(u32(*peers))
+    assert [b.kernel.replies[reader] for reader in readers] == [Reply(0, u32(peer)) for peer in peers[:2]]
+    assert b.ports() == peers[2:]
+
+
 def test_nonblocking_and_interrupted(desk, a, b):
     """Goal: O_NONBLOCK is what the file has at this read; a signal ends a read that waits and takes no event with it.
     Method: both ways at once; INTERRUPT one of two, twice, then an event; INTERRUPT what was answered."""

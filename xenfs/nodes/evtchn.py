@@ -185,7 +185,7 @@ class EvtchnFile(Node):
     def _wake(self) -> None:
         """There is something that was not there. Called from a handler."""
         assert self.user is not None, "woken before there was an open of the device"
-        while self.reads and self.user.readable:
+        while self.user.readable and self.reads:  # in this order: to look may find an event, and call us for it
             session, unique, size = self.reads.popleft()
             data = self.user.read(size)
             if isinstance(data, bytes):
