@@ -5,8 +5,9 @@ becomes visible to a process is behind a port, the Arena. Requests that may be l
 steps.py.
 
 As in Linux: MAP gives an index, UNMAP wants the index and count of one MAP, a notification's byte is cleared before the
-unmapping, its event sent after it, and its port held until then. Unlike Linux, grants are mapped by the ioctl already (nobody tells us of the mmap), writable
-wherever the grant allows it, and unmapped by UNMAP even if the process still has an mmap of them: that then shows nothing.
+unmapping, its event sent after it, and its port held until then. Unlike Linux, grants are mapped by the ioctl already (nobody
+tells us of the mmap), writable wherever the grant allows it, and unmapped by UNMAP even if the process still has an mmap of
+them: that then shows nothing.
 
 Invariant: every Mapping of a user is in one of its maps, and each frame of it counts as one use of the arena's slot.
 Left out: DMABUF_*; write protection (docs/devxen.md).
@@ -15,6 +16,7 @@ Left out: DMABUF_*; write protection (docs/devxen.md).
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -24,8 +26,10 @@ from sysdev.steps import Job, Pause
 from xenmodel.domain import Domain
 from xenmodel.grant_table import Mapping
 from xenmodel.memory import Frame, OutOfMemory
-from xenmodel.public.grant_table import GNTMAP_host_map, GNTMAP_readonly, GNTST_no_device_space
+from xenmodel.public.grant_table import GNTST_TEXTS, GNTMAP_host_map, GNTMAP_readonly, GNTST_no_device_space
 from xenmodel.types import PAGE_SIZE
+
+log = logging.getLogger("xenfs.gntdev")
 
 REFS_MOST = 64 * 1024  # in one MAP_GRANT_REF: Linux's limit
 SLICE = 256  # grants that are mapped or unmapped before others have their turn
@@ -161,6 +165,7 @@ class GntdevUser:
             if mapping is None and status != GNTST_no_device_space:
                 status, mapping = track.map(domid, ref, GNTMAP_host_map | GNTMAP_readonly)
             if mapping is None:
+                log.info("%s: MAP_GRANT_REF %d:%d is refused: %s", owner, domid, ref, GNTST_TEXTS.get(status, status))
                 return -errno.ENOSPC if status == GNTST_no_device_space else -errno.EINVAL
             mapping.owner = owner
             mappings.append(mapping)

@@ -9,8 +9,8 @@ the host does not let us; ESRCH for a pid namespace that is not ours (pid 0) and
 logged once. Cost is bounded by the lengths, which the nodes bound, and for memory maps by MAPS_BYTES_MAX.
 
 Hazard: a page that is not in memory is fetched by whoever serves it, and meanwhile we wait. In a mapping of one of our own
-files (a disk; not the pages of gntdev, which are a memfd's) that is ourselves, for ever. So bulk data at addresses that a
-program chooses freely belongs in a thread: transfer_in and transfer_out may be called there, the rest not (one buffer).
+files (a disk; not the pages of gntdev, which are a memfd's) that is ourselves, for ever. So what a program may point to
+anywhere is fetched in a thread (calls.py): all here may be called there but read() and write(), which share one buffer.
 Left out: pidfds. The system calls know numbers only: a killed caller is confused with who gets his number at once.
 """
 
@@ -250,10 +250,10 @@ def _failure(pid: int, code: int, what: str) -> OSError:
     if code == errno.EPERM:
         level = logging.WARNING
         why = "another user, a user namespace, or kernel.yama.ptrace_scope"
-        text = f"xenfs may not reach the memory of {who} ({why}): run the program as the user of xenfs"
+        text = f"xenfs may not reach the memory of {who} ({why}): run the program as the user of xenfs, or xenfs as root"
     elif code == errno.ESRCH and pid == 0:
         level, kind = logging.WARNING, "unseen"
-        text = "the caller is in a pid namespace that xenfs cannot see"
+        text = "a caller is in a pid namespace that xenfs cannot see: run xenfs outside, or the program in xenfs's own"
     elif code == errno.ESRCH:
         text = f"{who} has ended"
     if kind not in _SAID:

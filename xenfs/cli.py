@@ -29,6 +29,20 @@ def parser() -> argparse.ArgumentParser:
         help="how much to say on standard error (default: %(default)s)",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_up(commands)
+    demo = commands.add_parser(
+        "demo",
+        help="show two guests with a disk and a network, step by step",
+        description="Start two guests with a scratch image and a bridge, and show each step with its command "
+        "line: mkfs, mount, ping, a file by HTTP, unmount, fsck. Needs root; cleans up after itself.",
+    )
+    demo.add_argument("--keep", action="store_true", help="leave the scratch directory behind")
+    storecmd.add_commands(commands)
+    lscmd.add_commands(commands)
+    return top
+
+
+def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     up = commands.add_parser(
         "up",
         help="start guests and mount their devices",
@@ -55,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--device-group",
         type=group_id,
         metavar="GROUP",
-        help="let the members of this group, a name or number, use each domain's dev/xen, too (default: root only)",
+        help="let this group, a name or number, use each domain's dev/xen, too (default: only the user of xenfs)",
     )
     up.add_argument(
         "--xenstored-socket",
@@ -66,16 +80,6 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument(
         "configs", nargs="*", metavar="GUEST.cfg", help="a guest's configuration, xl.cfg(5) syntax; none: the store alone"
     )
-    demo = commands.add_parser(
-        "demo",
-        help="show two guests with a disk and a network, step by step",
-        description="Start two guests with a scratch image and a bridge, and show each step with its command "
-        "line: mkfs, mount, ping, a file by HTTP, unmount, fsck. Needs root; cleans up after itself.",
-    )
-    demo.add_argument("--keep", action="store_true", help="leave the scratch directory behind")
-    storecmd.add_commands(commands)
-    lscmd.add_commands(commands)
-    return top
 
 
 def group_id(text: str) -> int:

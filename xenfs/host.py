@@ -334,7 +334,8 @@ class World:
             if front.connected:
                 lost = len(front.waiting) + sum(queue.ring.size - queue.ring.free for queue in front.queues)
                 name = guest.exports[front.node].name
-                log.warning("%s %s: its backend has gone, %d requests are not answered", guest.config.name, name, lost)
+                unanswered = f", {lost} requests are not answered" if lost else ""
+                log.warning("%s %s: its backend has gone%s", guest.config.name, name, unanswered)
                 front.close()
 
     def close(self) -> bool:
