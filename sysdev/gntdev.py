@@ -5,9 +5,9 @@ becomes visible to a process is behind a port, the Arena. Requests that may be l
 steps.py.
 
 As in Linux: MAP gives an index, UNMAP wants the index and count of one MAP, a notification's byte is cleared before the
-unmapping, its event sent after it, and its port held until then. Unlike Linux, grants are mapped by the ioctl already (nobody
-tells us of the mmap), writable wherever the grant allows it, and unmapped by UNMAP even if the process still has an mmap of
-them: that then shows nothing.
+unmapping, its event sent after it, and its port held until then. Unlike Linux, grants are mapped by the ioctl already, for
+nobody tells us of the mmap, writable wherever the grant allows it, and unmapped by UNMAP even if the process still has an
+mmap of them: that then shows nothing.
 
 Invariant: every Mapping of a user is in one of its maps, and each frame of it counts as one use of the arena's slot.
 Left out: DMABUF_*; write protection (docs/devxen.md).

@@ -4,6 +4,7 @@ Method: tables of calls with the bytes of their arguments before and after, in a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from struct import Struct
 
 import pytest
@@ -22,8 +23,10 @@ from xenmodel.types import Domid, Pfn
 
 
 @pytest.fixture
-def world() -> World:
-    return make_world()
+def world() -> Iterator[World]:
+    made = make_world()
+    yield made
+    made.hypervisor.close()
 
 
 # --- xen_version ---------------------------------------------------------------------------------------------------------
