@@ -116,15 +116,15 @@ class EvtchnDevice:
         assert bound.user is not None, f"port {bound.port} was bound by nobody"
         before = self.bound.get(bound.port)
         if before is not None and before.user is not None:
-            del before.user.ports[bound.port]
+            before.user.drop(bound.port)
         self.bound[bound.port] = bound
-        bound.user.ports[bound.port] = bound
+        bound.user.keep(bound)
         bound.channel.owner = bound.user.owner
 
     def leave(self, bound: BoundPort) -> None:
         """Its user has no more to do with it."""
         assert bound.user is not None, f"port {bound.port} was left twice"
-        del bound.user.ports[bound.port]
+        bound.user.drop(bound.port)
         bound.user = None
         if self.is_ours(bound):
             bound.channel.handler = None
@@ -153,6 +153,7 @@ class EvtchnUser:
         self.overflow = False
         self.restricted: int | None = None  # the only domain with which it may be connected
         self._ring: deque[int] = deque()
+        self._bits: dict[int, int] = {}  # of `ports`, in words of 64 as in shared_info
 
     # --- ioctls -------------------------------------------------------------------------------------------------------
 
@@ -268,6 +269,17 @@ class EvtchnUser:
         for bound in list(self.ports.values()):
             self.device.leave(bound)
 
+    # --- for EvtchnDevice ---------------------------------------------------------------------------------------------
+
+    def keep(self, bound: BoundPort) -> None:
+        word = bound.port >> 6
+        self.ports[bound.port] = bound
+        self._bits[word] = self._bits.get(word, 0) | 1 << (bound.port & 63)
+
+    def drop(self, port: int) -> None:
+        del self.ports[port]
+        self._bits[port >> 6] &= ~(1 << (port & 63))
+
     # --- within -------------------------------------------------------------------------------------------------------
 
     def _bind(self, bind: Callable[[Handler], int]) -> int:
@@ -293,9 +305,9 @@ class EvtchnUser:
     def _collect(self) -> None:
         """Events that are pending, but not delivered yet: the caller's last ioctl or write may have made them so, and on Xen
         the interrupt would have come before it returned."""
-        due = [bound for port, bound in self.ports.items() if self.device.is_ours(bound) and self.device.events.take(port)]
-        for bound in due:
-            self._put(bound)
+        due = self.device.events.take(self._bits, lambda port: self._mine(port) is not None)
+        for port in due:
+            self._put(self.ports[port])
         if due:
             self.wake()  # somebody else may have waited longer
 

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from sysdev.evtchn import EvtchnDevice
 from sysdev.gntdev import Arena, Notify
-from sysdev.steps import Job
+from sysdev.steps import Job, Pause
 from xenmodel.domain import Domain
 from xenmodel.grant_table import GrantTableFull
 from xenmodel.memory import Frame, OutOfMemory
+from xenmodel.public.xen import DOMID_FIRST_RESERVED
 from xenmodel.types import PAGE_SIZE, Domid, Gref, Pfn
 
 LIMIT = 1024  # pages of a domain, Linux's default
+SLICE = 256  # pages that go home before others have their turn
 GNTALLOC_FLAG_WRITABLE = 1
 
 Look = Callable[[Sequence[int]], Job[set[int]]]  # which of these indices, ascending, the processes of an open map now
@@ -75,16 +78,20 @@ class Gntalloc:
             yield from self._free_unmapped(pages, look)
 
     def _free_unmapped(self, pages: Sequence[Page], look: Look) -> Job[None]:
-        """While we look, others do, too: what no longer lingers has been freed."""
+        """While we look, or between slices, others do, too: what no longer lingers has been freed."""
         try:
             still = yield from look(sorted(page.index for page in pages))
         except OSError:  # who asked was killed
             self.on_linger()
             raise
-        for page in pages:
-            if page in self.lingering and page.index not in still:
+        unmapped = [page for page in pages if page.index not in still]
+        for first in range(0, len(unmapped), SLICE):
+            if first:
+                yield Pause.TURN
+            part = [page for page in unmapped[first : first + SLICE] if page in self.lingering]
+            for page in part:
                 del self.lingering[page]
-                self._free(page)
+            self._free(part)
         if self.lingering:
             self.on_linger()
 
@@ -95,20 +102,26 @@ class Gntalloc:
         for user in self.users:
             pages += user.pages.values()
             user.pages = {}
+        self._free(pages)
+
+    def _free(self, pages: Sequence[Page]) -> None:
+        """Those that no peer has mapped go home together: neighbours are one piece of memory."""
+        memory, grants = self.domain.memory, self.domain.grants
+        home: list[tuple[Frame, Callable[[], object]]] = []
         for page in pages:
-            self._free(page)
+            if page.notify is not None:
+                page.notify.clear(memory.run(page.pfn))
+                page.notify.send()
+            user = Frame(memory, page.pfn), partial(self._released, page.pfn)
+            if grants.end_access(page.ref):
+                home.append(user)
+            else:
+                grants.end_access_later(page.ref, partial(self.arena.leave, [user]))
+        self.arena.leave(home)
 
-    def _free(self, page: Page) -> None:
-        domain, frame = self.domain, Frame(self.domain.memory, page.pfn)
-        if page.notify is not None:
-            page.notify.clear(domain.memory.run(page.pfn))
-            page.notify.send()
-
-        def released() -> None:
-            domain.memory.release(page.pfn)
-            self.used -= 1
-
-        domain.grants.end_access_later(page.ref, lambda: self.arena.leave([(frame, released)]))
+    def _released(self, pfn: Pfn) -> None:
+        self.domain.memory.release(pfn)
+        self.used -= 1
 
 
 class GntallocUser:
@@ -123,9 +136,11 @@ class GntallocUser:
     def alloc(self, domid: int, flags: int, count: int) -> Job[tuple[int, list[Gref]]]:
         """ALLOC_GREF: `count` pages for `domid`: their index, for they are neighbours in the file, and references.
 
-        OSError ENOSPC: more than the limit, or than the grant table has left; ENOMEM: the domain or the host has no more
-        memory; ENODEV: the domain has ended."""
+        OSError EINVAL: no domain has that number; ENOSPC: more than the limit, or than the grant table has left; ENOMEM: the
+        domain or the host has no more memory; ENODEV: the domain has ended."""
         device = self.device
+        if domid >= DOMID_FIRST_RESERVED:
+            raise OSError(errno.EINVAL, f"{domid:#x} is no domain")
         if count > device.limit - device.used:
             yield from device.sweep()
         if device.stopped or self.closed:
@@ -135,7 +150,10 @@ class GntallocUser:
         if not count:
             return 0, []
         try:
-            pages = self._make(Domid(domid), bool(flags & GNTALLOC_FLAG_WRITABLE), count)
+            while not (pages := self._make(Domid(domid), bool(flags & GNTALLOC_FLAG_WRITABLE), count)):
+                yield Pause.EVENT
+                if device.stopped or self.closed:
+                    raise OSError(errno.ENODEV, f"domain {device.domain.domid} has ended")
         except OutOfMemory as error:
             raise OSError(errno.ENOMEM, str(error)) from error
         except GrantTableFull as error:
@@ -144,23 +162,27 @@ class GntallocUser:
         return pages[0].index, [page.ref for page in pages]
 
     def _make(self, domid: Domid, writable: bool, count: int) -> list[Page]:
+        """Empty if the arena takes none just now."""
         device, memory, grants = self.device, self.device.domain.memory, self.device.domain.grants
         if grants.available < count:
             raise GrantTableFull(f"{count} grants for dev/xen/gntalloc, but only {grants.available} are left")
         first = memory.allocate(count)
-        run = device.arena.reserve(count, domid)
         refs: list[Gref] = []
+        run, shown = None, False
         try:
             for i in range(count):  # the grant table may need memory, too
                 refs.append(grants.grant_access(domid, Pfn(first + i), readonly=not writable))
+            run = device.arena.reserve(count, domid, device.domain.domid)
             shown = device.arena.show([Frame(memory, first + i) for i in range(count)], run, 0)
-            assert shown, "no disk worker can be writing to new frames"
-        except OutOfMemory:
-            for ref in reversed(refs):
-                grants.end_access(ref)
-            device.arena.give_up(run, count)
-            memory.release(first, count)
-            raise
+        finally:
+            if not shown:
+                for ref in reversed(refs):
+                    grants.end_access(ref)
+                if run is not None:
+                    device.arena.give_up(run, count)
+                memory.release(first, count)
+        if run is None or not shown:
+            return []
         device.used += count
         index: int = run.offset
         return [Page(index + i * PAGE_SIZE, Pfn(first + i), ref) for i, ref in enumerate(refs)]

@@ -8,8 +8,9 @@ of commands and counts only.
 Invariants: an argument is copied in, whole, before it is looked at, and what is found goes out in one copy; all that an
 operation changes changes between those two, when nobody else has a turn; a fault in that last copy undoes nothing (the
 port is bound, as in Xen); when a copy is done the domain may be gone (ESRCH), and nothing is done any more; a domain acts
-for itself, domain 0 for all; a call costs at most MULTICALL_MOST operations of at most NR_PORTS steps. A port is closed
-whoever uses it, also under one of our drivers: that is the guest's own loss.
+for itself, domain 0 for all; a call costs at most MULTICALL_MOST operations of at most NR_PORTS steps. Unlike
+in Xen, what a driver of ours uses cannot be closed (EBUSY), and a reset spares it: on Xen only the kernel makes hypercalls
+for its own ports, and its users would wait for ever. The ports of programs are closed whoever uses them.
 
 Left out, as -XEN_ENOSYS: the grant operations that change something (gntdev and gntalloc do that), the FIFO ABI, and all
 other hypercalls, memory_op and those of toolstacks among them. Every domain has vCPU 0 only, and no PIRQs.
@@ -30,6 +31,7 @@ from xenmodel.public import grant_table as gt
 from xenmodel.public import version as ver
 from xenmodel.public.errno import (
     XEN_E2BIG,
+    XEN_EBUSY,
     XEN_EFAULT,
     XEN_EINVAL,
     XEN_ENODATA,
@@ -287,6 +289,8 @@ class Hypercalls:
         return vcpu, self._made(self.domain, self.domain.events.bind_ipi())
 
     def _close(self, port: int) -> None:
+        if _is_drivers(self._channel(self.domain, port)):
+            raise _Refused(XEN_EBUSY)
         self._done(self.domain.events.close(port))
 
     def _send(self, port: int) -> None:
@@ -324,7 +328,9 @@ class Hypercalls:
         subject = self._subject(domid)
         if subject is not self.domain:
             raise _Refused(XEN_EINVAL)  # only while a toolstack has it paused, and none of ours does
-        self._done(subject.events.reset())
+        for port, channel in list(subject.events.channels.items()):
+            if not _is_drivers(channel):
+                self._done(subject.events.close(port))
 
     def _init_control(self, _gfn: int, _offset: int, _vcpu: int, _link_bits: int, _pad: bytes) -> None:
         """Where a guest asks for the FIFO ABI: as in a Xen before 4.4, which has none. It then takes the 2-level one."""
@@ -340,6 +346,11 @@ class Hypercalls:
     def _done(self, result: int) -> None:
         if result < 0:
             raise _Refused(-result)
+
+
+def _is_drivers(channel: Channel) -> bool:
+    """Does a driver in the domain's kernel, which is us, use this port?"""
+    return channel.handler is not None and not channel.owner
 
 
 _HYPERCALLS: Mapping[int, Callable[[Hypercalls, tuple[int, ...]], Job[int]]] = MappingProxyType(

@@ -19,6 +19,18 @@ class Pause(enum.Enum):
     EVENT = 1  # only when something else has happened: there is nothing to do before
 
 
+class Who(NamedTuple):
+    """Whom this is done for. The result: a Caller."""
+
+
+class Caller(NamedTuple):
+    """A thread that is in an ioctl. `near`: in our own pid namespace, where a process of our own user could kill us."""
+
+    tgid: int
+    name: str  # comm[tgid], for tables: the thread's name, printable and at most 15 characters
+    near: bool
+
+
 class Read(NamedTuple):
     """Some bytes of the caller's memory. The result: bytes."""
 
@@ -62,6 +74,6 @@ class MapAt(NamedTuple):
     inode: int
 
 
-Step = Pause | Read | Write | TransferIn | TransferOut | Maps | MapAt
+Step = Pause | Who | Read | Write | TransferIn | TransferOut | Maps | MapAt
 T = TypeVar("T")
 Job = Generator[Step, Any, T]

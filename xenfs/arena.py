@@ -7,7 +7,11 @@ own drivers and every other process that may see it look at the same memory.
 A page belongs to one file, and a descriptor maps one file: so processes can only share a frame if they map the same file.
 All therefore map this one, and are kept apart by where things are: it is 2**62 bytes long, nearly all of it holes, and each
 run of frames is at a random place in it. Who does not know a place finds a hole there, and a page of nothing. A run holds
-only frames that one domain may map, for who knows one page knows its neighbours. docs/adr/0018 says what was weighed.
+only frames that one domain may map, for who knows one page knows its neighbours, and its place is only ever used again for
+the same two domains: who it is for, and who made it. docs/adr/0018 says what was weighed.
+
+A page that is not needed any more is zeroed, but stays: to punch a hole the file must not be immutable, and while it is not,
+anybody's MADV_REMOVE could tear pages out of runs that he knows nothing of. When no frame is here, the file is emptied.
 
 Invariants: a frame is away from home exactly while it has a slot; a slot has users, or waits to go home: in `_leaving` for
 who writes to it, in `_kept` because it lies between others in one mapping of ours, and we may not have more.
@@ -16,7 +20,6 @@ Left out: write protection of read-only grants: all pages of one file are writab
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import logging
@@ -38,21 +41,28 @@ LOOKS_MOST = 64  # at frames that somebody still writes to, in one step
 _FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501  # <linux/fuse.h>
 _BACKING_MAP = Struct("<iIQ")  # fd flags padding
 _FS_IOC_SETFLAGS, _FS_IMMUTABLE_FL = 0x40086602, 0x10  # <linux/fs.h>
-_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+GUEST_PAGES = 1 << 17  # of runs that a guest has made, in use or waiting to be
+KEEP_BYTES = 16 << 20  # that an empty arena may have of pages
+_ZEROES = memoryview(bytes(1 << 20))
 
 Filling = Callable[[], Iterable[tuple[int, int]]]
+Later = Callable[[Callable[[], None], Callable[[], None]], None]  # do the first in a thread, then the second in the loop
 
 
 class Run:
-    """A stretch of the file, in pages, for one domain. `left` of them have a frame, or may still get one."""
+    """A stretch of the file, in pages: `count` of `size`. Domain `by` has made it, `domid` may map what is there. `left` of
+    them have a frame, or may still get one."""
 
-    __slots__ = ("domid", "end", "first", "left")
+    __slots__ = ("by", "count", "domid", "first", "left", "size")
 
-    def __init__(self, first: int, count: int, domid: int) -> None:
-        self.first, self.end, self.left = first, first + count, count
-        self.domid = domid
+    def __init__(self, first: int, size: int, domid: int, by: int) -> None:
+        self.first, self.size = first, size
+        self.domid, self.by = domid, by
+        self.count = self.left = 0
+
+    @property
+    def end(self) -> int:
+        return self.first + self.size
 
     @property
     def offset(self) -> int:
@@ -72,10 +82,12 @@ class Slot:
 
 
 class Arena:
-    """`filling()`: where somebody else, a disk worker, may be writing to our memory just now: from address to address."""
+    """`filling()`: where somebody else, a disk worker, may be writing to our memory just now: from address to address.
+    `later`: see Later."""
 
-    def __init__(self, filling: Filling = lambda: ()) -> None:
+    def __init__(self, filling: Filling = lambda: (), later: Later | None = None) -> None:
         self.filling = filling
+        self._later = later or _at_once
         self.backing_id = 0  # 0: nobody can map it
         self.device = 0  # st_dev of the mount through which processes map it
         self.fd = os.memfd_create("xenfs-arena", os.MFD_CLOEXEC)
@@ -83,14 +95,18 @@ class Arena:
         os.fchmod(self.fd, 0o600)  # mincore(2) tells others nothing
         self._slots: dict[Frame, Slot] = {}
         self._runs: list[Run] = []  # ascending
-        self._pieces: Counter[int] = Counter()  # mappings of ours that it takes, by the domain that may see them
+        self._unused: defaultdict[tuple[int, int, int], list[Run]] = defaultdict(list)  # by makers, domains and sizes
+        self._pages: Counter[int] = Counter()  # of runs, by their makers
+        self.keep = KEEP_BYTES
+        self._emptying = False
+        self._pieces: Counter[int] = Counter()  # mappings of ours that it takes, by the makers of the runs
+        self._all_pieces = 0
         with open("/proc/sys/vm/max_map_count") as file:
             self._most_pieces = max(int(file.read()) - MAPS_OF_OURS, 0) // 2  # each can cut another mapping in two
         self._leaving: deque[tuple[Frame, int]] = deque()  # neighbours
-        self._kept: defaultdict[int, set[Frame]] = defaultdict(set)  # by the domain that may see them
+        self._kept: defaultdict[int, set[Frame]] = defaultdict(set)  # by the makers of the runs
         self._failing = False  # the host could not map a frame at home; that is said once
-        self._flagged = True
-        self._protect(True)
+        self._protect()
 
     def register(self, fuse_fd: int) -> bool:
         """Make it a backing file of that mount. False if we may not: Linux wants CAP_SYS_ADMIN."""
@@ -102,14 +118,28 @@ class Arena:
 
     # --- showing -----------------------------------------------------------------------------------------------------
 
-    def reserve(self, count: int, domid: int) -> Run:
-        """A run of `count` pages, where nobody can guess it; it may be shown to processes of domain `domid`."""
+    def reserve(self, count: int, domid: int, by: int) -> Run:
+        """A run of `count` pages, where nobody can guess it, made by domain `by`, to be shown to processes of `domid`.
+        OutOfMemory if that guest has too many."""
+        size = 1 << (count - 1).bit_length()  # few sizes, so that runs fit again
+        unused = self._unused.get((by, domid, size))
+        if unused:
+            run = unused.pop()
+        else:
+            if by and self._pages[by] + size > GUEST_PAGES:
+                raise OutOfMemory(f"domain {by} has {self._pages[by]} of {GUEST_PAGES} pages of memory for processes")
+            run = self._new_run(size, domid, by)
+            self._pages[by] += size
+        run.count = run.left = count
+        return run
+
+    def _new_run(self, size: int, domid: int, by: int) -> Run:
         while True:
-            first = int.from_bytes(os.urandom(8), "little") % (SIZE // PAGE_SIZE - count)
+            first = int.from_bytes(os.urandom(8), "little") % (SIZE // PAGE_SIZE - size)
             at = self._after(first)
             clear_below = not at or self._runs[at - 1].end < first
-            if clear_below and (at == len(self._runs) or first + count < self._runs[at].first):
-                run = Run(first, count, domid)
+            if clear_below and (at == len(self._runs) or first + size < self._runs[at].first):
+                run = Run(first, size, domid, by)
                 self._runs.insert(at, run)
                 return run
 
@@ -118,7 +148,7 @@ class Arena:
         run.left -= count
         assert run.left >= 0, f"run {run.first:#x} has {run.left} pages left"
         if not run.left:
-            del self._runs[self._after(run.first) - 1]
+            self._unused[run.by, run.domid, run.size].append(run)
 
     def _after(self, page: int) -> int:
         """Which of the runs is the first that begins after `page`."""
@@ -151,10 +181,10 @@ class Arena:
         there = [slot for frame in frames if (slot := self._slots.get(frame)) is not None]
         if any(slot.users for slot in there) or len(set(frames)) < len(frames):
             raise _busy()
-        if there:  # leaving
+        if there or self._emptying:  # they are leaving, or so are all
             return False
         pieces = _neighbours(frames)
-        if self._room(run.domid) < len(pieces):
+        if self._room(run.by) < len(pieces):
             raise OutOfMemory("too many pieces of memory for processes: the host's vm.max_map_count sets a limit")
         busy = _Busy(self.filling())
         if any(busy.touches(frame, count) for frame, count in pieces):
@@ -170,14 +200,20 @@ class Arena:
                 raise
             for i in range(count):
                 self._slots[Frame(frame.memory, frame.pfn + i)] = Slot(run, page + i)
-            self._pieces[run.domid] += 1 - len(self._around(frame, count, page))
+            self._count(run.by, 1 - len(self._around(frame, count, page)))
             page += count
         return True
 
-    def _room(self, domid: int) -> int:
-        """How many more pieces processes of that domain may see: a guest a quarter of all, domain 0 what is left."""
-        left = self._most_pieces - sum(self._pieces.values())
-        return min(left, self._most_pieces // 4 - self._pieces[domid]) if domid else left
+    def _room(self, by: int) -> int:
+        """How many more pieces there may be for that domain: a guest a quarter of all, domain 0 what is left."""
+        left = self._most_pieces - self._all_pieces
+        return min(left, self._most_pieces // 4 - self._pieces.get(by, 0)) if by else left
+
+    def _count(self, by: int, pieces: int) -> None:
+        self._all_pieces += pieces
+        self._pieces[by] += pieces
+        if not self._pieces[by]:
+            del self._pieces[by]
 
     def _around(self, frame: Frame, count: int, page: int) -> list[Frame]:
         """The frames before and after `count` of them, from `frame` at `page` on, if they are part of the same mapping."""
@@ -214,11 +250,13 @@ class Arena:
                 free += [Frame(first.memory, first.pfn + i) for i in range(count)]
         if free:
             self._bring_home(free)
-        for domid, kept in list(self._kept.items()):
-            if kept and (room := self._room(domid)) > 0:
+        for by, kept in list(self._kept.items()):
+            if (room := self._room(by)) > 0:
                 frames = set(islice(kept, room))
                 kept -= frames
                 self._bring_home(frames)
+            if not kept:
+                self._kept.pop(by, None)
 
     def _bring_home(self, frames: Iterable[Frame]) -> None:
         """Those of them that are here and have no users."""
@@ -226,13 +264,13 @@ class Arena:
         stretches, busy = self._stretches(sorted(unused, key=_place)), _Busy(self.filling())
         for first, count in stretches:  # which grow
             slot = self._slots[first]
-            around, domid = self._around(first, count, slot.page), slot.run.domid
+            around, by = self._around(first, count, slot.page), slot.run.by
             run = [Frame(first.memory, first.pfn + i) for i in range(count)]
             if busy.touches(first, count):
                 self._leaving.append((first, count))
                 continue
-            if len(around) == 2 and self._room(domid) < 1:
-                self._kept[domid].update(run)
+            if len(around) == 2 and self._room(by) < 1:
+                self._kept[by].update(run)
                 continue
             try:
                 first.memory.bring_home(first.pfn, count)
@@ -243,10 +281,10 @@ class Arena:
                 self._leaving.append((first, count))  # meanwhile they do no harm here
                 continue
             self._failing = False
-            slots, kept = [self._slots.pop(frame) for frame in run], self._kept[domid]
-            kept.difference_update(run if kept else ())
-            self._pieces[domid] += len(around) - 1
-            self._punch(slot.page * PAGE_SIZE, count * PAGE_SIZE)
+            slots, kept = [self._slots.pop(frame) for frame in run], self._kept.get(by, set())
+            kept.difference_update(run)
+            self._count(by, len(around) - 1)
+            self._wipe(slot.page * PAGE_SIZE, count * PAGE_SIZE)
             for one in around:
                 if one in kept and not self._slots[one].users:  # it is no longer between others
                     kept.remove(one)
@@ -254,6 +292,7 @@ class Arena:
             for slot in slots:
                 self.give_up(slot.run, 1)
                 _call(slot)
+        self.tidy()
 
     def _stretches(self, frames: Sequence[Frame]) -> list[tuple[Frame, int]]:
         """Ascending frames as runs of those that are neighbours here, too: the first, and how many."""
@@ -267,38 +306,37 @@ class Arena:
                     start = i
         return found
 
-    def sweep(self) -> None:
-        """Give back pages that processes made by touching holes. Called when a process has closed its descriptor."""
-        if os.fstat(self.fd).st_blocks * 512 <= len(self._slots) * PAGE_SIZE:
+    def tidy(self) -> None:
+        """If no frame is here, give back what there is of pages: those of earlier runs, and those that processes made by
+        touching holes. In a thread, for there may be many; meanwhile show() says no."""
+        if self._slots or self._emptying or self.fd < 0 or os.fstat(self.fd).st_blocks * 512 <= self.keep:
             return
-        at = 0
-        while at < SIZE:
-            try:
-                page = os.lseek(self.fd, at, os.SEEK_DATA) // PAGE_SIZE
-            except OSError:  # ENXIO: no more
-                return
-            following = self._after(page)
-            if following and page < self._runs[following - 1].end:
-                at = self._runs[following - 1].end * PAGE_SIZE
-                continue
-            # all up to the next run at once: a process may have touched pages by the million
-            at = self._runs[following].offset if following < len(self._runs) else SIZE
-            self._punch(page * PAGE_SIZE, at - page * PAGE_SIZE)
+        self._emptying = True
+        self._later(self._truncate, self._emptied)
 
-    def _punch(self, offset: int, length: int) -> None:
-        self._protect(False)
-        _libc.fallocate(self.fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
-        self._protect(True)
+    def _truncate(self) -> None:
+        os.ftruncate(self.fd, 0)
+        os.ftruncate(self.fd, SIZE)
 
-    def _protect(self, on: bool) -> None:
+    def _emptied(self) -> None:
+        self._emptying = False
+        self._unused.clear()
+        self._runs = [run for run in self._runs if run.left]
+        self._pages = Counter()
+        for run in self._runs:
+            self._pages[run.by] += run.size
+
+    def _wipe(self, offset: int, length: int) -> None:
+        for start in range(0, length, len(_ZEROES)):
+            os.pwrite(self.fd, _ZEROES[: length - start], offset + start)
+
+    def _protect(self) -> None:
         """An immutable file can be mapped and written, but not punched: madvise(MADV_REMOVE) of a process over a range that
         it knows nothing of could otherwise tear pages out of others' runs. Linux wants CAP_LINUX_IMMUTABLE."""
-        if self._flagged:
-            try:
-                fcntl.ioctl(self.fd, _FS_IOC_SETFLAGS, (_FS_IMMUTABLE_FL if on else 0).to_bytes(8, "little"))
-            except OSError as error:
-                self._flagged = False
-                log.info("the shared pages of dev/xen cannot be protected against MADV_REMOVE: %s", error.strerror)
+        try:
+            fcntl.ioctl(self.fd, _FS_IOC_SETFLAGS, _FS_IMMUTABLE_FL.to_bytes(8, "little"))
+        except OSError as error:
+            log.info("the shared pages of dev/xen cannot be protected against MADV_REMOVE: %s", error.strerror)
 
     def close(self) -> None:
         self.backing_id = 0
@@ -326,6 +364,11 @@ def _call(slot: Slot) -> None:
     waiting, slot.then = slot.then, []
     for then in waiting:
         then()
+
+
+def _at_once(work: Callable[[], None], then: Callable[[], None]) -> None:
+    work()
+    then()
 
 
 def _nothing() -> None:

@@ -6,7 +6,8 @@ caller's thread id, and the struct has to be fetched with process_vm_readv(2). `
 Invariants: all bytes or an error, never a short transfer. Every failure is an OSError with a sentence: EFAULT for a bad
 pointer, also a partly bad one (what lies before the bad page may have been transferred, as with copy_to_user); EPERM if
 the host does not let us; ESRCH for a pid namespace that is not ours (pid 0) and for a process that has ended. Each kind is
-logged once. Cost is bounded by the lengths, which the nodes bound, and for memory maps by MAPS_BYTES_MAX.
+logged once. Cost is bounded by the lengths, which the nodes bound, and for memory maps by MAPS_BYTES_MAX
+and LOOK_BYTES_MAX.
 
 Hazard: a page that is not in memory is fetched by whoever serves it, and meanwhile we wait. In a mapping of one of our own
 files (a disk; not the pages of gntdev, which are a memfd's) that is ourselves, for ever. So what a program may point to
@@ -24,14 +25,18 @@ import logging
 import os
 import signal
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+from sysdev.steps import Caller
 
 log = logging.getLogger("xenfs.caller")
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 SMALL_BYTES = 4096  # what goes through the buffer that is there already
 MAPS_BYTES_MAX = 32 << 20  # 65530 mappings (vm.max_map_count) with names of 400 bytes
+LOOK_BYTES_MAX = 8 << 20  # of all the maps that one look at many processes reads
 MAPS_PIECE_BYTES = 65536
 STATUS_BYTES = 1024  # of /proc/PID/status: Name (at most 64 characters, escaped) and Tgid are among the first lines
 _STAT_SIGNAL = 31 - 3  # of /proc/PID/stat: what is pending for the thread, counted from after its name
@@ -127,14 +132,24 @@ def _errno_of(done: int) -> int:
 # -- names -----------------------------------------------------------------------------------------
 
 
-def describe(pid: int) -> str:
-    """comm[tgid] for tables and messages: the thread's name, printable and at most 15 characters; ?[pid] if it is gone."""
-    return "{}[{}]".format(*_status(pid))
+def look(pid: int) -> Caller:
+    """Who a thread is; ?[pid] if it is gone. Takes a while if the process likes: /proc/PID/status has its 65536 groups."""
+    try:
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+            lines = file.read(STATUS_BYTES).split(b"\n")  # the kernel writes a newline in a name as \n
+    except OSError:
+        return Caller(pid, f"?[{pid}]", False)
+    fields = dict(line.split(b":\t", 1) for line in lines if b":\t" in line)
+    tgid = int(fields[b"Tgid"])
+    return Caller(tgid, f"{_printable(fields[b'Name'])}[{tgid}]", _is_near(pid))
 
 
-def thread_group(pid: int) -> int:
-    """The process of a thread; `pid` itself once the thread is gone."""
-    return _status(pid)[1]
+def _is_near(pid: int) -> bool:
+    """Is it in our pid namespace? A process stays in its own for life."""
+    try:
+        return os.path.samestat(os.stat(f"/proc/{pid}/ns/pid"), os.stat("/proc/self/ns/pid"))
+    except OSError:  # gone, or not ours to look at
+        return False
 
 
 def killed(pid: int) -> bool:
@@ -147,28 +162,59 @@ def killed(pid: int) -> bool:
     return len(fields) <= _STAT_SIGNAL or bool(int(fields[_STAT_SIGNAL]) >> (signal.SIGKILL - 1) & 1)
 
 
-def _status(pid: int) -> tuple[str, int]:
+def _comm(pid: int) -> str:
+    """comm[pid] for messages: what can be told of a thread at no cost."""
     try:
-        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-            lines = file.read(STATUS_BYTES).split(b"\n")  # the kernel writes a newline in a name as \n
-    except OSError:  # gone
-        return "?", pid
-    fields = dict(line.split(b":\t", 1) for line in lines if b":\t" in line)
-    name = "".join(chr(byte) if 0x20 < byte < 0x7F else "?" for byte in fields[b"Name"][:COMM_MAX])
-    return name, int(fields[b"Tgid"])
+        with open(f"/proc/{pid}/comm", "rb", buffering=0) as file:
+            return f"{_printable(file.read(STATUS_BYTES)[:-1])}[{pid}]"
+    except OSError:
+        return f"?[{pid}]"
+
+
+def _printable(name: bytes) -> str:
+    return "".join(chr(byte) if 0x20 < byte < 0x7F else "?" for byte in name[:COMM_MAX])
 
 
 # -- mappings --------------------------------------------------------------------------------------
 
 
-def mapped(pid: int, device: int, inode: int) -> list[Vma]:
+class Budget:
+    """How many bytes of memory maps may still be read."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
+def pages_mapped(pids: Iterable[int], device: int, inode: int, offsets: Sequence[int]) -> set[int]:
+    """Which of some pages of a file (offsets, ascending) these processes map. Those that are gone, or not ours to look at,
+    map nothing; if their maps are longer together than LOOK_BYTES_MAX, any page may be mapped."""
+    found: set[int] = set()
+    budget = Budget(LOOK_BYTES_MAX)
+    for pid in pids:
+        try:
+            vmas = mapped(pid, device, inode, budget)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                return set(offsets)
+            continue
+        done = 0  # a process may map the same pages very often
+        for start, end, offset in sorted(vmas, key=lambda vma: vma.offset):
+            behind = offset + end - start
+            found.update(offsets[bisect_left(offsets, max(offset, done)) : bisect_left(offsets, behind)])
+            done = max(behind, done)
+    return found
+
+
+def mapped(pid: int, device: int, inode: int, budget: Budget | None = None) -> list[Vma]:
     """Where a file (st_dev and st_ino) is mapped, ascending. The kernel may have merged mappings that lie side by side.
 
     ESRCH, not an empty list, when the thread has ended, a process's first one, too: others may live, and the mappings with
     them. EFBIG: there are too many."""
     wanted, found = _identity(device, inode), []
     with _maps(pid) as fd:
-        for lines in _pieces(fd):
+        for lines in _pieces(fd, budget):
             for line in lines.split(b"\n") if wanted in lines else ():  # (in a name, too: the fields decide)
                 vma, identity = _parsed(line)
                 if identity == wanted:
@@ -215,17 +261,19 @@ def _parsed(line: bytes) -> tuple[Vma, bytes]:
     return Vma(int(start, 16), int(end, 16), int(offset, 16)), b"%b %b" % (device, inode)
 
 
-def _pieces(fd: int) -> Iterator[bytes]:
+def _pieces(fd: int, budget: Budget | None = None) -> Iterator[bytes]:
     """Whole lines of a memory map. Split at b"\\n" only: the names of files are the caller's, and may hold a b"\\r"."""
-    rest, left = b"", MAPS_BYTES_MAX
+    rest, zombie = b"", True
+    budget = budget or Budget(MAPS_BYTES_MAX)
     while piece := os.read(fd, MAPS_PIECE_BYTES):
-        left -= len(piece)
-        if left < 0:  # mappings can also be made faster than we read
+        zombie = False
+        budget.left -= len(piece)
+        if budget.left < 0:  # mappings can also be made faster than we read
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         lines, newline, rest = (rest + piece).rpartition(b"\n")
         if newline:
             yield lines
-    if left == MAPS_BYTES_MAX:  # nothing at all: a zombie. Its other threads may live
+    if zombie:  # nothing at all. Its other threads may live
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
 
@@ -245,7 +293,7 @@ def _maps(pid: int) -> Iterator[int]:
 
 def _failure(pid: int, code: int, what: str) -> OSError:
     """The error to raise, logged if it is the first of its kind. A warning is for what the user has to change."""
-    who, level, kind = describe(pid), logging.INFO, errno.errorcode.get(code, str(code))
+    who, level, kind = _comm(pid), logging.INFO, errno.errorcode.get(code, str(code))
     text = f"{who}: {what}"
     if code == errno.EPERM:
         level = logging.WARNING

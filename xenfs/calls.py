@@ -3,8 +3,9 @@
 An ioctl here is a job (sysdev/steps.py). What of the caller's memory it asks for may be anywhere: in a file on a stuck disk,
 in a file of this very mount, in memory that another process hands out page by page (userfaultfd). Whoever touches it waits,
 perhaps for ever, so the loop does not: threads of that domain do, a few, so that a domain can only keep itself waiting.
-There is one short cut: a few bytes of a process with our own user id, which could kill us anyway. And as most threads are
-done at once, the loop waits for one a moment if nobody else wants anything: a trip through epoll costs more.
+There is one short cut: a few bytes of a process with our own user id in our own pid namespace, which could kill us anyway.
+Who calls is told by a thread, too, once for each open file (Callers). And as most threads are done at once, the loop waits
+for one a moment if nobody else wants anything: a trip through epoll costs more.
 
 Invariants: a request is answered once; a frame that a thread fills is not moved meanwhile (`filling`).
 """
@@ -18,13 +19,12 @@ import logging
 import os
 import threading
 import time
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from sysdev.steps import Job, MapAt, Maps, Pause, Read, Step, TransferIn, TransferOut, Write
+from sysdev.steps import Caller, Job, MapAt, Maps, Pause, Read, Step, TransferIn, TransferOut, Who, Write
 from xenfs import caller
 from xenfs.fuse.tree import Ioctl
 
@@ -32,6 +32,7 @@ log = logging.getLogger("xenfs.calls")
 
 THREADS_MOST = 4  # of a domain
 JOBS_MOST = 64  # of a guest, under way at a time: as many processes or threads of it can call at once
+CALLERS_MOST = 64  # threads that are remembered for an open file
 SHORT_BYTES = caller.SMALL_BYTES  # a short cut takes no more
 MOMENT_S = 200e-6  # of one turn of a job
 SLOW_S = 0.1  # no moment for a domain that was given one in vain
@@ -42,12 +43,13 @@ Result = int | tuple[int, bytes]  # what ioctl(2) returns, and bytes for the str
 class Running:
     """A job, and what it answers, if anything."""
 
-    __slots__ = ("answered", "calls", "job", "request", "step")
+    __slots__ = ("answered", "calls", "job", "near", "request", "step")
 
-    def __init__(self, calls: DomainCalls, request: Ioctl | None, job: Job[Any]) -> None:
+    def __init__(self, calls: DomainCalls, request: Ioctl | None, job: Job[Any], near: bool) -> None:
         self.calls = calls
         self.request = request
         self.job = job
+        self.near = near  # as a Caller's; until it is known: no
         self.step: Step | None = None  # what a thread does for it
         self.answered = False  # its caller was killed and has its answer
 
@@ -92,7 +94,7 @@ class Calls:
                 os.eventfd_read(self.fd)
                 done, self._done = self._done, []
             for running, value, error in done:
-                filled |= self.reaped(running)
+                filled |= self.reaped(running, value)
                 if running.answered:  # once: what it does to clean up has its turns
                     value, error = None, OSError(errno.EINTR, "the caller was killed")  # its file may be closed by now
                 self.advance(running, value, error)
@@ -112,8 +114,10 @@ class Calls:
             if self._came.locked():
                 self._came.release()
 
-    def reaped(self, running: Running) -> bool:
+    def reaped(self, running: Running, value: Any) -> bool:
         """Its step is done; True if that filled memory of ours."""
+        if isinstance(value, Caller):
+            running.near = value.near
         running.calls.queued -= 1
         step, running.step = running.step, None
         self._far.pop(running.key, None)
@@ -128,7 +132,7 @@ class Calls:
                         self._done.remove(done)
                         if not self._done:
                             os.eventfd_read(self.fd)
-                        self.reaped(running)
+                        self.reaped(running, done[1])
                         return done[1:]
         return None
 
@@ -142,7 +146,7 @@ class Calls:
                 if isinstance(step, Pause):
                     (self._next if step is Pause.TURN else self._waiting).append(running)
                     return
-                if self._is_short(running.request, step):
+                if self._is_short(running, step):
                     value, error = _try(_near, running.pid, step)
                     continue
                 running.step = step
@@ -193,8 +197,8 @@ class Calls:
         if self._signalled:
             self.on_signalled()
 
-    def _is_short(self, request: Ioctl | None, step: Step) -> bool:
-        if request is None or request.uid != self.uid:
+    def _is_short(self, running: Running, step: Step) -> bool:
+        if not running.near or running.request is None or running.request.uid != self.uid:
             return False
         match step:
             case Read(_, length):
@@ -222,14 +226,14 @@ class DomainCalls:
         self._threads: list[threading.Thread] = []
         self._queue: SimpleQueue[tuple[Running, Step] | None] = SimpleQueue()
 
-    def run(self, request: Ioctl | None, job: Job[Any]) -> None:
-        """Begin a job. Its Result answers `request`, if there is one; a job of our own never fails.
+    def run(self, request: Ioctl | None, job: Job[Any], near: bool = False) -> None:
+        """Begin a job. Its Result answers `request`, if there is one; a job of our own never fails. `near` as a Caller's.
 
         OSError EAGAIN if the domain has too many under way."""
         if self.under_way >= JOBS_MOST and self.domid and request is not None:
             raise OSError(errno.EAGAIN, "too many ioctls of this domain are under way")
         self.under_way += 1
-        self.calls.advance(Running(self, request, job))
+        self.calls.advance(Running(self, request, job, near))
 
     def interrupt(self, unique: int) -> bool:
         """As a Node's."""
@@ -257,7 +261,7 @@ class DomainCalls:
         if running.request is not None:
             self.calls.finished(running, None, OSError(number, os.strerror(number)))
             return
-        self.calls.reaped(running)
+        self.calls.reaped(running, None)
         self.under_way -= 1
         running.job.close()
 
@@ -281,6 +285,36 @@ class DomainCalls:
                 self._fail(item[0], errno.ENODEV)
         for _ in self._threads:
             self._queue.put(None)
+
+
+class Callers:
+    """Who calls through one open file. What is known of a thread is kept, for to ask takes a thread of ours; so a file that
+    is handed on could show, to who gets the number of a thread that has ended, the name of that one."""
+
+    def __init__(self, calls: DomainCalls) -> None:
+        self.calls = calls
+        self._known: dict[int, Caller] = {}
+
+    def run(self, request: Ioctl, job: Job[Result]) -> None:
+        """As DomainCalls'; before the job begins it is known who calls."""
+        known = self._known.get(request.pid)
+        if known is not None:
+            self.calls.run(request, job, known.near)
+        else:
+            self.calls.run(request, self._introduced(request.pid, job))
+
+    def who(self, pid: int) -> Job[Caller]:
+        known = self._known.get(pid)
+        if known is None:
+            known = yield Who()
+            if len(self._known) >= CALLERS_MOST:
+                self._known.clear()
+            self._known[pid] = known
+        return known
+
+    def _introduced(self, pid: int, job: Job[Result]) -> Job[Result]:
+        yield from self.who(pid)
+        return (yield from job)
 
 
 def _try(do: Callable[[int, Step], Any], pid: int, step: Step) -> tuple[Any, OSError | None]:
@@ -311,6 +345,8 @@ def _map_at(pid: int, address: int, device: int, inode: int) -> int | None:
 def _far(pid: int, step: Step) -> Any:
     """In a thread."""
     match step:
+        case Who():
+            return caller.look(pid)
         case Read(address, length):
             data = bytearray(length)
             caller.transfer_in(pid, [(address, memoryview(data))])
@@ -322,16 +358,7 @@ def _far(pid: int, step: Step) -> Any:
         case TransferOut(pieces):
             caller.transfer_out(pid, pieces)
         case Maps(pids, device, inode, offsets):
-            found: set[int] = set()
-            for start, end, offset in _all_maps(pids, device, inode):
-                found.update(offsets[bisect_left(offsets, offset) : bisect_left(offsets, offset + end - start)])
-            return found
+            return caller.pages_mapped(pids, device, inode, offsets)
         case MapAt(address, device, inode):
             return _map_at(pid, address, device, inode)
     return None
-
-
-def _all_maps(pids: Iterable[int], device: int, inode: int) -> Iterator[caller.Vma]:
-    for pid in pids:
-        with contextlib.suppress(OSError):  # it is gone, or not ours to look at
-            yield from caller.mapped(pid, device, inode)

@@ -7,14 +7,18 @@ what its file does in nodes/.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
+from queue import SimpleQueue
 
 import trio
 
 from sysdev.evtchn import EvtchnDevice
 from sysdev.gntalloc import Gntalloc
 from sysdev.gntdev import Gntdev
+from sysdev.steps import Job
 from xenfs.arena import Arena, Filling
 from xenfs.calls import Calls, DomainCalls
 from xenfs.fuse.tree import Directory, Node
@@ -26,12 +30,47 @@ from xenmodel.domain import Domain
 CHORES_S = 1.0  # how long a page of gntalloc may outlive its last mapping
 
 
+class Aside:
+    """What takes long, in a thread of its own. `fd` becomes readable when something is done; then call reap()."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._done: SimpleQueue[tuple[threading.Thread, Callable[[], None]]] = SimpleQueue()
+        self._threads: list[threading.Thread] = []  # of what is not reaped
+
+    def put(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+        """Do `work` in a thread, then `then` in reap()."""
+
+        def run() -> None:
+            work()
+            self._done.put((thread, then))
+            os.eventfd_write(self.fd, 1)
+
+        thread = threading.Thread(target=run, name="aside")
+        self._threads.append(thread)
+        thread.start()
+
+    def reap(self) -> None:
+        if self._threads:
+            with suppress(BlockingIOError):  # none is done
+                for _ in range(os.eventfd_read(self.fd)):
+                    thread, then = self._done.get()
+                    self._threads.remove(thread)
+                    then()
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        os.close(self.fd)
+
+
 class XenDevices:
     """All of them. `filling` as the Arena's; `kick` delivers what a batch caused; `table(domain)` is the text of evtchn."""
 
     def __init__(self, filling: Filling, kick: Callable[[], bool], table: Callable[[Domain], str]) -> None:
         self.calls = Calls()
-        self.arena = Arena(lambda: chain(filling(), self.calls.filling()))
+        self._aside = Aside()
+        self.arena = Arena(lambda: chain(filling(), self.calls.filling()), self._aside.put)
         self.gid: int | None = None  # a group that may use the files, too
         self._kick = kick
         self._table = table
@@ -62,6 +101,7 @@ class XenDevices:
 
     def step(self) -> bool:
         """What was waiting; True if there is more that can be done at once."""
+        self._aside.reap()
         self.arena.step()
         return self.calls.step()
 
@@ -69,6 +109,13 @@ class XenDevices:
         """The task of the threads that reach into callers' memory."""
         while True:
             await trio.lowlevel.wait_readable(self.calls.fd)
+            while self._kick():
+                await trio.lowlevel.checkpoint()
+
+    async def run_aside(self) -> None:
+        """The task of what takes long."""
+        while True:
+            await trio.lowlevel.wait_readable(self._aside.fd)
             while self._kick():
                 await trio.lowlevel.checkpoint()
 
@@ -81,14 +128,15 @@ class XenDevices:
             await trio.sleep(CHORES_S)
             self.calls.give_up_killed()
             for devices in self.domains.values():
-                if devices.gntalloc.lingering:
-                    devices.calls.run(None, devices.gntalloc.sweep())
+                if devices.gntalloc.lingering and not devices.sweeping:  # it says when there is more
+                    devices.calls.run(None, devices.sweep())
             while self._kick():
                 await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
         for domid in list(self.domains):
             self.remove(domid)
+        self._aside.close()
         self.arena.close()
         self.calls.close()
 
@@ -98,6 +146,7 @@ class DomainDevices:
 
     def __init__(self, domain: Domain, arena: Arena, calls: Calls, table: Callable[[], str]) -> None:
         self.calls = DomainCalls(calls, domain.domid)
+        self.sweeping = False
         self.evtchn = EvtchnDevice(domain.events)
         self.gntdev = Gntdev(domain, self.evtchn, arena)
         self.gntalloc = Gntalloc(domain, self.evtchn, arena)
@@ -108,6 +157,14 @@ class DomainDevices:
             "gntalloc": self.grant_nodes[1],
             "privcmd": Privcmd(domain, self.calls),
         }
+
+    def sweep(self) -> Job[None]:
+        """Of gntalloc, one at a time: threads may be stuck."""
+        self.sweeping = True
+        try:
+            yield from self.gntalloc.sweep()
+        finally:
+            self.sweeping = False
 
     def stop(self) -> None:
         for node in self.grant_nodes:

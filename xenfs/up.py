@@ -126,6 +126,7 @@ async def _serve(world: World, mounted: Mount) -> HostError | None:
             nursery.start_soon(world.store.socket.run)
             nursery.start_soon(world.store.run_timers)
             nursery.start_soon(world.devices.run)
+            nursery.start_soon(world.devices.run_aside)
             nursery.start_soon(world.devices.do_chores)
             nursery.start_soon(_obey, signals, world, stop)
             say("ready")

@@ -13,7 +13,7 @@ Left out: FIFO event arrays, vCPU affinity (everything is delivered on vCPU 0), 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from xenmodel.public.errno import XEN_EEXIST, XEN_EINVAL, XEN_ENOENT, XEN_ENOSPC, XEN_EPERM, XEN_ESRCH
 from xenmodel.public.event_channel import (
@@ -190,15 +190,21 @@ class EventChannels:
         if port in self.channels:
             self._set_pending(port)
 
-    def take(self, port: int) -> bool:
-        """If a port is pending and not masked, its event is taken without the upcall: the caller handles it himself."""
-        word, bit = port >> 6, 1 << (port & 63)
-        pending = self.words[_PENDING + word]
-        if not pending & ~self.words[_MASK + word] & bit:
-            return False
-        self.words[_PENDING + word] = pending & ~bit
-        self.channels[port].notified += 1
-        return True
+    def take(self, bits: Mapping[int, int], is_wanted: Callable[[int], bool]) -> list[int]:
+        """Of the ports in `bits`, word by word, that are pending, not masked and wanted, the events are taken without the
+        upcall: the caller handles them himself."""
+        taken = []
+        for word, mine in bits.items():
+            due = self.words[_PENDING + word] & ~self.words[_MASK + word] & mine
+            while due:
+                bit = due & -due
+                due ^= bit
+                port = (word << 6) + bit.bit_length() - 1
+                if is_wanted(port):
+                    self.words[_PENDING + word] &= ~bit
+                    self.channels[port].notified += 1
+                    taken.append(port)
+        return taken
 
     def _set_pending(self, port: int) -> None:
         words, word, bit = self.words, port >> 6, 1 << (port & 63)

@@ -109,7 +109,7 @@ def test_what_waits_for_its_turn_goes_where_the_frame_is_then(rig: Rig):
     arena = Arena(rig.workers.filling)
     with closing(arena):
         frames = [Frame(rig.memory, MOST_JOBS), Frame(rig.memory, 0)]
-        run = arena.reserve(2, 1)
+        run = arena.reserve(2, 1, 1)
         assert not arena.show(frames[1:], run, 1) and arena.show(frames[:1], run, 0)
         rig.workers.work()
         assert rig.filled() == [MOST_JOBS]
@@ -155,7 +155,7 @@ def test_in_the_middle_of_a_read(bench: Bench, pages: int):
     image = bench.open(path, direct_io=True)
     arena, done = Arena(bench.workers.filling), Done()
     frames = [Frame(memory, 100 + i) for i in range(pages)]
-    run = arena.reserve(pages, 1)
+    run = arena.reserve(pages, 1, 1)
     fd = unserved(memory, 100)
     assert image.read(0, [memory.run(Pfn(100), pages)], pages * PAGE_SIZE, done) == PENDING
     ends = time.monotonic() + 20

@@ -14,6 +14,7 @@ from sysdev.gntalloc import Gntalloc, GntallocUser
 from sysdev.gntdev import UNMAP_NOTIFY_CLEAR_BYTE, UNMAP_NOTIFY_SEND_EVENT
 from tests.sysdev.granting import Grants, Maps, finish
 from xenmodel.public.grant_table import GTF_permit_access, GTF_readonly
+from xenmodel.public.xen import DOMID_FIRST_RESERVED, DOMID_SELF
 from xenmodel.types import PAGE_SIZE, Pfn
 
 CLEAR, SEND = UNMAP_NOTIFY_CLEAR_BYTE, UNMAP_NOTIFY_SEND_EVENT
@@ -76,6 +77,16 @@ def test_alloc(grants, device, user):
                 assert grants.domains[2].maptrack.unmap(mapping.handle) == 0
         assert finish(user.dealloc(index, 3)) == 0
         assert grants.held() == before
+
+
+def test_domains_that_cannot_be(grants, user):
+    """Goal: what is no number of a domain is granted nothing; one that does not exist yet may.  Method: edges."""
+    before = grants.held()
+    for domid in (DOMID_FIRST_RESERVED, DOMID_SELF, DOMID_FIRST_RESERVED + 2, 0xFFFF):
+        for count in (0, 1, LIMIT + 1):
+            assert refused(user.alloc(domid, 1, count)) == errno.EINVAL and grants.held() == before
+    index, refs = finish(user.alloc(DOMID_FIRST_RESERVED - 1, 1, 1))
+    assert grants.entry((1, refs[0])).domid == DOMID_FIRST_RESERVED - 1 and finish(user.dealloc(index, 1)) == 0
 
 
 def test_dealloc_wants_pages_of_ours(grants, device, user, maps):
@@ -322,6 +333,6 @@ def test_the_domain_ends(grants, device, user, maps):
     with closing(grants.see(last)) as seen:
         assert seen[:3] == b"yes"
     finish(peer.close())
-    assert device.used == 0 and not grants.arena._slots and not grants.arena._runs
+    assert device.used == 0 and not grants.arena._slots and not any(run.left for run in grants.arena._runs)
     finish(user.close())
     del grants.domains[1]

@@ -14,6 +14,7 @@ from tests.sysdev.hypercaller import AT, NOBODY, NOWHERE, READONLY, SIZE, U64, C
 from xenmodel.event_channel import NR_PORTS
 from xenmodel.public import event_channel as ec
 from xenmodel.public.errno import (
+    XEN_EBUSY,
     XEN_EEXIST,
     XEN_EFAULT,
     XEN_EINVAL,
@@ -77,6 +78,29 @@ def test_virqs_and_ipis(world: World):
     assert a.event(ec.EVTCHNOP_send, ec.PORT, 2) == 0 and a.domain.events.is_pending(2)
     assert a.event(ec.EVTCHNOP_bind_virq, ec.BIND_VIRQ, VIRQ_DOM_EXC, 0, 77) == -XEN_EEXIST
     assert a.out(ec.BIND_VIRQ) == (VIRQ_DOM_EXC, 0, 77), "nothing is copied out with an error"
+
+
+def test_ports_of_drivers(world: World):
+    """Goal: a program cannot close what a driver of its domain's kernel uses, but all else; the driver still gets events.
+    Method: ports with and without a handler, of the kernel and of programs, one of them closed and bound again; close each,
+    then reset, then the same without a driver's."""
+    a, b, got = world.a, world.b, list[int]()
+    events = a.domain.events
+    driver, spare = events.alloc_unbound(Domid(2), got.append), events.alloc_unbound(Domid(2))
+    handled = events.alloc_unbound(Domid(2), lambda _port: None)
+    events.channels[handled].owner = "other[8]"
+    assert b.event(ec.EVTCHNOP_bind_interdomain, ec.BIND_INTERDOMAIN, 1, driver, 0) == 0
+    for port, expected in ((driver, -XEN_EBUSY), (spare, 0), (spare, -XEN_EINVAL), (handled, 0), (driver, -XEN_EBUSY)):
+        assert a.event(ec.EVTCHNOP_close, ec.PORT, port) == expected
+    assert [a.event(ec.EVTCHNOP_bind_ipi, ec.BIND_IPI, 0, 0) for _ in range(3)] == [0] * 3
+    events.alloc_unbound(Domid(2))
+    assert len(events.channels) == 5
+    assert a.event(ec.EVTCHNOP_reset, ec.RESET, DOMID_SELF) == 0 and list(events.channels) == [driver]
+    assert a.event(ec.EVTCHNOP_unmask, ec.PORT, driver) == a.event(ec.EVTCHNOP_send, ec.PORT, driver) == 0
+    assert b.event(ec.EVTCHNOP_send, ec.PORT, 1) == 0
+    world.hypervisor.settle()
+    assert got == [driver]
+    assert events.close(driver) == 0 == a.event(ec.EVTCHNOP_reset, ec.RESET, DOMID_SELF) and not events.channels
 
 
 def zero(layout: Struct) -> tuple[int | bytes, ...]:

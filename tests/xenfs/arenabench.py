@@ -25,6 +25,7 @@ class Bench:
         self.filled: set[Frame] = set()
         self.looked = 0
         self.arena = Arena(self.places)
+        self.arena.keep = 0
         self.memories = [GuestMemory(pages, f"bench{i}") for i in range(memories)]
         self.left: Counter[object] = Counter()
 
@@ -41,7 +42,7 @@ class Bench:
         return found
 
     def shown(self, frames: Sequence[Frame], domid: int = 1) -> Run:
-        run = self.arena.reserve(len(frames), domid)
+        run = self.arena.reserve(len(frames), domid, domid)
         assert self.arena.show(frames, run, 0)
         return run
 
@@ -73,9 +74,11 @@ class Bench:
         return not any(frame.memory.is_away(frame.pfn) or self.arena.where(frame) is not None for frame in frames)
 
     def nothing_left(self) -> None:
-        """No slot, no run, no page, no mapping, and nothing that waits."""
+        """No slot, no run in use, no page, no mapping, and nothing that waits."""
         arena = self.arena
-        assert (arena._slots, arena._runs, self.pages, self.mappings()) == ({}, [], 0, 0)
+        arena.tidy()
+        used = [run for run in arena._runs if run.left]
+        assert (arena._slots, used, self.pages, self.mappings()) == ({}, [], 0, 0)
         assert not +arena._pieces and not any(arena._kept.values())
         arena.step()
         assert not arena._leaving

@@ -54,12 +54,17 @@ class Desk:
         fd, address = program(STUCK.replace("{count}", str(count)))
         return program, fd, address
 
-    def ask(self, job: Job[Any], pid: int = 0, domid: int = 1, uid: int = STRANGER, out_size: int = 0) -> int:
-        """Begin a job for a request; its number. The user is a stranger unless told."""
+    def request(self, pid: int = 0, uid: int = STRANGER, out_size: int = 0) -> Ioctl:
+        """The next one. The user is a stranger unless told."""
         self.unique += 1
         self.answers[self.unique] = []
-        request = Ioctl(cast(Session, self), self.unique, pid, uid, 0, 0, b"", out_size)
-        self.domains[domid].run(request, job)
+        return Ioctl(cast(Session, self), self.unique, pid, uid, 0, 0, b"", out_size)
+
+    def ask(
+        self, job: Job[Any], pid: int = 0, domid: int = 1, uid: int = STRANGER, out_size: int = 0, near: bool = True
+    ) -> int:
+        """Begin a job for a request of a caller who is known; its number."""
+        self.domains[domid].run(self.request(pid, uid, out_size), job, near)
         return self.unique
 
     def until(self, done: Callable[[], object], timeout_s: float = 20) -> None:

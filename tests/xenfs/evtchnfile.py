@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import stat
 from struct import iter_unpack, pack, unpack
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from xenfs.fuse.tree import Directory
 from xenfs.nodes.evtchn import EvtchnFile, EvtchnNode
 from xenmodel.hypervisor import Hypervisor
 
+HANGS_MS = 10_000
 WAIT, NONBLOCK = os.O_RDWR, os.O_RDWR | os.O_NONBLOCK
 
 # numbers as the headers make them
@@ -142,12 +144,27 @@ class Desk:
         self.table = "port\n"
         self.devices = {domid: EvtchnDevice(domain.events) for domid, domain in self.domains.items()}
         self.calls = Calls()
+        self.domain_calls = {domid: DomainCalls(self.calls, domid) for domid in self.domains}
         self.nodes = {
-            d: EvtchnNode(device, DomainCalls(self.calls, d), stat.S_IFREG | 0o600, lambda: self.table)
+            d: EvtchnNode(device, self.domain_calls[d], stat.S_IFREG | 0o600, lambda: self.table)
             for d, device in self.devices.items()
         }
         self.kernel = Kernel(Directory({f"evtchn{domid}": node for domid, node in self.nodes.items()}))
-        self.kernel.settle = self.hypervisor.settle  # type: ignore[method-assign]
+        self.kernel.settle = self.settle  # type: ignore[method-assign]
+
+    def settle(self) -> None:
+        """Until no job is under way: who calls first is looked at by a thread."""
+        done = select.poll()
+        done.register(self.calls.fd, select.POLLIN)
+        while any(calls.under_way for calls in self.domain_calls.values()):
+            if not self.calls.step() and any(calls.under_way for calls in self.domain_calls.values()):
+                assert done.poll(HANGS_MS), "an ioctl hangs"
+        self.hypervisor.settle()
+
+    def close(self) -> None:
+        for calls in self.domain_calls.values():
+            calls.close()
+        self.calls.close()
 
     def open(self, domid: int, numbers: dict[str, int] = LINUX, flags: int = os.O_RDWR) -> Program:
         return Program(self, domid, numbers, flags)

@@ -97,8 +97,8 @@ def test_of_a_thread(program):
     assert thread != program.pid
     caller.write(thread, address, b"from a thread")
     assert caller.read(thread, address, 13) == b"from a thread" == program(f"ctypes.string_at({address}, 13)")
-    assert caller.thread_group(thread) == caller.thread_group(program.pid) == program.pid
-    assert caller.describe(thread).endswith(f"[{program.pid}]")
+    assert caller.look(thread).tgid == caller.look(program.pid).tgid == program.pid
+    assert caller.look(thread).name.endswith(f"[{program.pid}]")
 
 
 def test_first_thread_ended(program):
@@ -114,7 +114,7 @@ def test_first_thread_ended(program):
     assert refused(lambda: caller.mapped(program.pid, *file)).errno == errno.ESRCH
     assert refused(lambda: caller.mapping_at(program.pid, base, *file)).errno == errno.ESRCH
     assert caller.mapped(thread, *file) == [(base, base + PAGE, 0)]
-    assert caller.read(thread, base, 8) == bytes(8) and caller.thread_group(thread) == program.pid
+    assert caller.read(thread, base, 8) == bytes(8) and caller.look(thread).tgid == program.pid
 
 
 @pytest.mark.parametrize("size", [2, 16, PAGE, PAGE + 1, 3 * PAGE])
@@ -126,7 +126,7 @@ def test_second_page_missing(program, size):
     for call in everything(program.pid, at, size):
         error = refused(call)
         assert error.errno == errno.EFAULT
-        assert error.strerror.startswith(f"{caller.describe(program.pid)}: {size} bytes at {at:#x} cannot be ")
+        assert error.strerror.startswith(f"{caller.look(program.pid).name}: {size} bytes at {at:#x} cannot be ")
     caller.write(program.pid, at, bytes(size - 1))
     good, bad = (base, memoryview(bytearray(1))), (at, memoryview(bytearray(size)))
     pieces = [*[good] * 1500, bad, good]
@@ -169,14 +169,14 @@ def test_ended(program, reaped):
     os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
     if reaped:
         program.process.wait()
-        assert caller.describe(program.pid) == f"?[{program.pid}]"
+        assert caller.look(program.pid).name == f"?[{program.pid}]"
     for call in [
         *everything(program.pid, base, 8),
         lambda: caller.mapped(program.pid, device, inode),
         lambda: caller.mapping_at(program.pid, base, device, inode),
     ]:
         error = refused(call)
-        assert (error.errno, error.strerror) == (errno.ESRCH, f"{caller.describe(program.pid)} has ended")
+        assert (error.errno, error.strerror) == (errno.ESRCH, f"{caller.look(program.pid).name} has ended")
 
 
 def test_unseen(caplog):
@@ -184,9 +184,9 @@ def test_unseen(caplog):
     for call in [*everything(0, PAGE, 8), lambda: caller.mapped(0, 1, 1), lambda: caller.mapping_at(0, PAGE, 1, 1)]:
         error = refused(call)
         assert error.errno == errno.ESRCH
-        assert error.strerror == "the caller is in a pid namespace that xenfs cannot see"
+        assert error.strerror.startswith("a caller is in a pid namespace that xenfs cannot see: ")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert caller.describe(0) == "?[0]" and caller.thread_group(0) == 0
+    assert caller.look(0).name == "?[0]" and caller.look(0).tgid == 0
 
 
 def test_said_once(program, caplog):
@@ -216,7 +216,7 @@ def test_said_once(program, caplog):
 def test_names(program, name, shown):
     """Goal: a process cannot harm a table with its name.  Method: prctl(PR_SET_NAME) with all sorts of bytes."""
     program(f"libc.prctl(15, {name!r})")
-    assert caller.describe(program.pid) == f"{shown}[{program.pid}]"
+    assert caller.look(program.pid).name == f"{shown}[{program.pid}]"
 
 
 STRANGER = """
@@ -235,7 +235,7 @@ for call in (
         print("done", call())
     except OSError as error:
         print(error.errno, error.strerror)
-print(caller.describe(pid))
+print(caller.look(pid).name)
 """
 
 
@@ -254,9 +254,9 @@ def test_another_user(program):
         text=True,
         timeout=30,
     )
-    who = caller.describe(program.pid)
+    who = caller.look(program.pid).name
     why = "another user, a user namespace, or kernel.yama.ptrace_scope"
-    sentence = f"xenfs may not reach the memory of {who} ({why}): run the program as the user of xenfs"
+    sentence = f"xenfs may not reach the memory of {who} ({why}): run the program as the user of xenfs, or xenfs as root"
     said, *errors, name = done.stdout.splitlines()
     assert said == f"WARNING xenfs.caller {sentence} (said once)"
     assert errors == [f"{errno.EPERM} {sentence}"] * 5

@@ -9,7 +9,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,19 @@ def program() -> Iterator[Program]:
     made = Program()
     yield made
     made.close()
+
+
+@pytest.fixture
+def programs() -> Iterator[Callable[[int], list[Program]]]:
+    made: list[Program] = []
+
+    def make(count: int) -> list[Program]:
+        made.extend(Program() for _ in range(count))
+        return made
+
+    yield make
+    for one in made:
+        one.close()
 
 
 def test_several_mappings(program):
@@ -101,6 +114,42 @@ def test_very_many_mappings(program, monkeypatch):
     monkeypatch.setattr(caller, "MAPS_BYTES_MAX", 1 << 20)
     error = refused(lambda: caller.mapped(program.pid, *file))
     assert error.errno == errno.EFBIG and "memory map cannot be read: File too large" in error.strerror
+
+
+def test_one_look_at_many_processes(program, programs, monkeypatch):
+    """Goal: what many processes map is found; if their maps are too long together, each page may be mapped, and no more is
+    read; a process that is gone maps nothing and costs nothing.
+    Method: one that maps pages in many places, three with many other mappings; limits about the length of all their maps;
+    what is read is counted."""
+    ended, *others = programs(4)
+    ended.close()
+    fd = program("memfd(8)")
+    file, base = program(f"identity({fd})"), program("pages(600)")
+    program(f"[shared({fd}, 1 + i % 3, 3, {base} + 3 * i * PAGE) for i in range(200)].clear()")
+    for other in others:
+        at = other("pages(1000)")
+        other(f"[libc.mprotect({at} + i * PAGE, PAGE, 1) for i in range(0, 1000, 2)].clear()")
+    pids = (ended.pid, *(other.pid for other in others), program.pid)
+    lengths = [len(Path(f"/proc/{pid}/maps").read_bytes()) for pid in pids[1:]]
+    offsets = [page * PAGE for page in (0, 1, 2, 3, 5, 6, 7)]
+    count, read = 0, os.read
+
+    def counted(fd: int, size: int) -> bytes:
+        nonlocal count
+        data = read(fd, size)
+        count += len(data)
+        return data
+
+    monkeypatch.setattr(os, "read", counted)
+    assert caller.pages_mapped(pids, *file, offsets) == set(offsets[1:5]) and count == sum(lengths)
+    assert caller.pages_mapped(pids[:-1], *file, offsets) == caller.pages_mapped(pids, *file, offsets[:1]) == set()
+    monkeypatch.setattr(caller, "LOOK_BYTES_MAX", sum(lengths))
+    assert caller.pages_mapped(pids, *file, offsets) == set(offsets[1:5])
+    for most in (sum(lengths) - 1, lengths[0] + lengths[1] // 2, 0):
+        monkeypatch.setattr(caller, "LOOK_BYTES_MAX", most)
+        count = 0
+        assert caller.pages_mapped(pids, *file, offsets) == set(offsets)
+        assert most < count <= most + caller.MAPS_PIECE_BYTES
 
 
 OLDER = """

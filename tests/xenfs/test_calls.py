@@ -234,8 +234,8 @@ def test_jobs_of_a_guest(desk: Desk):
 
 
 def test_the_short_cut_is_for_us_alone(desk: Desk):
-    """Goal: the loop itself touches only memory of processes with our user id, and little.  Method: which steps are done
-    without a thread, by user, length and kind; a domain for each, whose threads are counted."""
+    """Goal: the loop itself touches only memory of processes that could kill us, and little.  Method: which steps are done
+    without a thread, by user, pid namespace, length and kind; a domain for each, whose threads are counted."""
     program = desk.program()
     at, us = program("pages(4)"), os.geteuid()
     view = memoryview(bytearray(8))
@@ -257,6 +257,10 @@ def test_the_short_cut_is_for_us_alone(desk: Desk):
         desk.domains[domid] = DomainCalls(desk.calls, domid)
         assert desk.answer(desk.ask(do(step), program.pid, domid, uid))[:2] == (0, 7)
         assert threads(domid) == expected, f"{step} of user {uid}"
+    for domid, step in enumerate((Read(at, 8), Write(at, b"x"), MapAt(at, 1, 1)), 50):
+        desk.domains[domid] = DomainCalls(desk.calls, domid)
+        assert desk.answer(desk.ask(do(step), program.pid, domid, us, near=False))[:2] == (0, 7)
+        assert threads(domid) == 1, f"{step} of another pid namespace"
 
 
 def test_no_more_threads_to_be_had():

@@ -11,6 +11,7 @@ import select
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -19,7 +20,7 @@ from sysdev.evtchn import RING_PORTS
 from tests.xenfs.evtchnfile import LINUX, NONBLOCK, SETS, WAIT, Answer, Desk, Program, u32, written
 from tests.xenfs.machine import KIB, Reply
 from xenfs.fuse import kernel as k
-from xenfs.nodes.evtchn import CALLS, OPENS_MOST, READABLE, WRITABLE
+from xenfs.nodes.evtchn import CALLS, OPENS_MOST, READABLE, READS_MOST, WRITABLE
 from xenmodel.event_channel import State
 from xenmodel.public.xen import VIRQ_CONSOLE
 from xenmodel.types import Domid
@@ -28,8 +29,10 @@ EAGAIN = Reply(errno.EAGAIN, b"")
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def desk() -> Iterator[Desk]:
+    it = Desk()
+    yield it
+    it.close()
 
 
 @pytest.fixture
@@ -227,6 +230,30 @@ def test_nonblocking_and_interrupted(desk, a, b):
     assert b.kernel.replies.pop(second) == Reply(0, u32(peer))
     b.interrupt(second)
     assert b.read() == EAGAIN
+
+
+def test_many_readers(desk, a, b):
+    """Goal: of one open so many reads wait, one more is EAGAIN, and another open has as many; who gives up makes room, and
+    the others are still served in their turn.
+    Method: reads until one is refused; INTERRUPT every other one, the last first; as many again; an event for each."""
+    port, peer = desk.pair(a, b)
+    other = desk.open(2)
+    desk.pair(a, other)
+    waiting = [b.send_read() for _ in range(READS_MOST)]
+    assert not b.kernel.replies and b.read(flags=WAIT) == EAGAIN and len(b.node.reads) == READS_MOST
+    assert (elsewhere := other.send_read()) not in b.kernel.replies
+    for unique in reversed(waiting[::2]):
+        b.interrupt(unique)
+        assert b.kernel.replies.pop(unique) == Reply(errno.EINTR, b"")
+    waiting = waiting[1::2] + [b.send_read() for _ in range(READS_MOST // 2)]
+    assert b.read(flags=WAIT) == EAGAIN
+    b.kernel.order.clear()
+    for unique in waiting:
+        a.call("notify", port)
+        assert b.kernel.replies.pop(unique) == Reply(0, u32(peer))
+        b.write(u32(peer))
+    assert elsewhere not in b.kernel.replies and not b.node.reads
+    assert [unique for unique in b.kernel.order if unique in waiting] == waiting
 
 
 def test_written_counts(desk, a, b):

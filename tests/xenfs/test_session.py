@@ -60,10 +60,6 @@ class Paper(Node):
     def setattr(self, change: Change) -> None:
         self._note("setattr")
 
-    def interrupt(self, unique: int) -> bool:
-        self._note("interrupt", unique)
-        return True
-
     def release(self) -> None:
         self._note("release")
 
@@ -289,15 +285,6 @@ def test_a_bug_of_a_node_is_not_an_errno(desk):
     desk.paper.error = KeyError("a bug")
     with pytest.raises(KeyError, match="a bug"):
         desk.kernel.read(fh, 0, 1)
-
-
-def test_interrupt(desk):
-    """Goal: INTERRUPT names the request to give up and has no answer of its own.  Method: what the node was told."""
-    kernel = desk.kernel
-    kernel.handle("paper")
-    kernel.order.clear()
-    kernel.send(k.FUSE_INTERRUPT, 0, k.INTERRUPT_IN.pack(77))
-    assert desk.paper.done[-1] == ("interrupt", 77) and kernel.order == []
 
 
 def test_notify_size(desk):

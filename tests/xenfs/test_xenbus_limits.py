@@ -1,5 +1,5 @@
-"""Goal: what the programs of one guest keep open and unread in its device files is bounded, and costs that guest only.
-Method: opens without end of the files of a StoreHost; the domain's record after each thing that a reader can do."""
+"""Goal: what the programs of one guest keep open, waiting and unread in its device files is bounded, and costs that guest
+only.  Method: opens, reads and writes without end; the domain's record after each thing that a reader can do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import os
 import pytest
 
 from tests.xenfs.machine import KIB, Kernel, Reply
-from tests.xenfs.xsfile import DOMID, READ, Desk, File, written
+from tests.xenfs.xsfile import DOMID, READ, REPLIES, REQUEST, Desk, File, written
 from xenfs.fuse import kernel as k
 from xenfs.fuse.tree import Directory
-from xenfs.nodes.xenbus import QUEUE_MOST, QUEUE_MOST_DOM0, XenbusFile
+from xenfs.nodes.xenbus import BUFFER_BYTES, QUEUE_MOST, QUEUE_MOST_DOM0, WAITING_MOST, XenbusFile
 from xenfs.nodes.xs_dev import XsDevFile
 from xenfs.xenstored import OPENS_MOST, StoreHost
 from xenmodel.hypervisor import Hypervisor
@@ -88,6 +88,46 @@ def test_opens_of_a_domain_that_is_gone():
     for reply in opened:
         files.close(reply)
     assert not files.open(2).error and files.hypervisor.store.domains.find(Domid(1)) is None
+
+
+# --- reads and writes that wait ------------------------------------------------------------------------------------------
+
+
+def test_many_writers_wait():
+    """Goal: what waits is bounded per writer, also if it is no request at all, and in number: one more is EAGAIN. All are
+    answered, and another open has as many.
+    Method: 200 writers with 1 MiB each behind one that waits; one of another open; then the peers take it."""
+    desk = Desk(scripted=True)
+    scripted, other = desk.open(), desk.open()
+    scripted.peer.wants_input = other.peer.wants_input = False
+    first = scripted.send_write(REQUEST, WAIT)
+    asked = [scripted.send_write(bytes(KIB * KIB), WAIT) for _ in range(200)]
+    waiting, refused = asked[: WAITING_MOST - 1], asked[WAITING_MOST - 1 :]
+    assert {scripted.kernel.replies.pop(unique) for unique in refused} == {Reply(errno.EAGAIN, b"")}
+    assert not scripted.kernel.replies
+    assert sum(len(write.data) for write in scripted.node.writes.values()) <= WAITING_MOST * BUFFER_BYTES
+    assert other.send_write(REQUEST, WAIT) not in other.kernel.replies
+    scripted.peer.want()
+    assert scripted.kernel.replies.pop(first) == written(len(REQUEST))
+    assert {scripted.kernel.replies.pop(unique) for unique in waiting} == {Reply(errno.EINVAL, b"")}
+    assert not scripted.kernel.replies and not scripted.node.writes
+
+
+def test_many_readers_wait(desk):
+    """Goal: so many reads of one open wait, one more is EAGAIN; who gives up makes room; they are served in their turn.
+    Method: reads until one is refused; INTERRUPT every other one, the last first; as many again; a reply for each."""
+    file = desk.open()
+    waiting = [file.send_read() for _ in range(WAITING_MOST)]
+    assert not file.kernel.replies and file.read(flags=WAIT) == Reply(errno.EAGAIN, b"")
+    for unique in reversed(waiting[::2]):
+        file.interrupt(unique)
+        assert file.kernel.replies.pop(unique) == Reply(errno.EINTR, b"")
+    waiting = waiting[1::2] + [file.send_read() for _ in range(WAITING_MOST // 2)]
+    assert file.read(flags=WAIT) == Reply(errno.EAGAIN, b"")
+    for unique in waiting:
+        assert file.write(REQUEST) == written(len(REQUEST))
+        assert file.kernel.replies.pop(unique) == Reply(0, pack(*REPLIES[0]))
+    assert not file.kernel.replies and not file.node.reads
 
 
 # --- bytes that nobody has read --------------------------------------------------------------------------------------------

@@ -180,17 +180,6 @@ def test_writer_behind_one_that_gave_up(scripted):
     assert scripted.kernel.replies == {first: Reply(errno.EINTR, b""), second: written(9)}
 
 
-def test_many_writers_wait(scripted):
-    """Goal: what waits is bounded per writer, also if it is no request at all, and is answered.
-    Method: 200 writers with 1 MiB each behind one that waits; then the peer takes it."""
-    scripted.peer.wants_input = False
-    scripted.send_write(REQUEST, WAIT)
-    asked = [scripted.send_write(bytes(KIB * KIB), WAIT) for _ in range(200)]
-    assert sum(len(write.data) for write in scripted.node.writes) <= 200 * BUFFER_BYTES
-    scripted.peer.want()
-    assert {scripted.kernel.replies[unique] for unique in asked} == {Reply(errno.EINVAL, b"")}
-
-
 def test_watch_waits_for_its_answer(scripted):
     """Goal: WATCH is answered to the writer when the store has answered it, after the replies before; a signal does not
     end it, and no other request goes to the store meanwhile.  Method: a peer that answers late, OK, then an error."""

@@ -76,9 +76,9 @@ def statfs(session: Session, unique: int, ino: int, body: bytes) -> None:
 def interrupt(session: Session, unique: int, ino: int, body: bytes) -> None:
     """Disk I/O on its way is not given up, as on any Linux block device; what only waits may be. No reply."""
     target = k.INTERRUPT_IN.unpack_from(body)[0]
-    for node in set(session.handles.values()):
-        if node.interrupt(target):
-            return
+    node = session.waiting.get(target)
+    if node is not None:
+        node.interrupt(target)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------------
@@ -223,16 +223,16 @@ def release(session: Session, unique: int, ino: int, body: bytes) -> None:
 
 
 def flush(session: Session, unique: int, ino: int, body: bytes) -> None:
-    session.handles[k.FLUSH_IN.unpack_from(body)[0]].flush(session, unique)
+    session.asked(unique, k.FLUSH_IN.unpack_from(body)[0]).flush(session, unique)
 
 
 def fsync(session: Session, unique: int, ino: int, body: bytes) -> None:
-    session.handles[k.FSYNC_IN.unpack_from(body)[0]].fsync(session, unique)
+    session.asked(unique, k.FSYNC_IN.unpack_from(body)[0]).fsync(session, unique)
 
 
 def fallocate(session: Session, unique: int, ino: int, body: bytes) -> None:
     fh, offset, length, mode, _ = k.FALLOCATE_IN.unpack_from(body)
-    session.handles[fh].fallocate(session, unique, offset, length, mode)
+    session.asked(unique, fh).fallocate(session, unique, offset, length, mode)
 
 
 def poll(session: Session, unique: int, ino: int, body: bytes) -> None:
@@ -249,7 +249,7 @@ def ioctl(session: Session, unique: int, ino: int, body: bytes) -> None:
     if len(data) != in_size:
         raise OSError(errno.EINVAL, "an ioctl of another length than it says")
     _, _, _, _, uid, _, pid, _, _ = k.IN_HEADER.unpack_from(session.header)
-    session.handles[fh].ioctl(Ioctl(session, unique, pid, uid, command, arg, data, out_size))
+    session.asked(unique, fh).ioctl(Ioctl(session, unique, pid, uid, command, arg, data, out_size))
 
 
 # --- open directories ------------------------------------------------------------------------------------------------------

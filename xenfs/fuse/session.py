@@ -54,6 +54,7 @@ class Session:
         root.ino, root.links = k.FUSE_ROOT_ID, 1
         self.handles: _Opened[Node] = _Opened()
         self.directories: _Opened[Listing] = _Opened()
+        self.waiting: dict[int, Node] = {}  # requests without an answer, and the open file that was asked
         self._next_ino = k.FUSE_ROOT_ID + 1
         self._next_handle = 1
         self.header = bytearray(HEADER_BYTES)
@@ -79,9 +80,10 @@ class Session:
             if opcode == _READ:
                 if length < HEADER_BYTES:
                     raise OSError(errno.EINVAL, "short request")
-                self.handles[fh].read(self, unique, offset, size, flags)
+                node = self.waiting[unique] = self.handles[fh]
+                node.read(self, unique, offset, size, flags)
             elif opcode == _WRITE:
-                node = self.handles[fh]
+                node = self.waiting[unique] = self.handles[fh]
                 self.batch_written += size
                 if length != HEADER_BYTES + size:
                     raise OSError(errno.EIO, "a write of another length than it says")
@@ -133,23 +135,28 @@ class Session:
     # --- out ---------------------------------------------------------------------------------------------------------
 
     def send_data(self, unique: int, buffers: Buffers) -> None:
+        self.waiting.pop(unique, None)
         length = k.OUT_HEADER.size
         for buffer in buffers:
             length += len(buffer)
         self.send([k.OUT_HEADER.pack(length, 0, unique), *buffers])
 
     def send_written(self, unique: int, size: int) -> None:
+        self.waiting.pop(unique, None)
         self.send([k.OUT_HEADER.pack(24, 0, unique) + k.WRITE_OUT.pack(size, 0)])
 
     def send_ok(self, unique: int) -> None:
+        self.waiting.pop(unique, None)
         self.send([k.OUT_HEADER.pack(16, 0, unique)])
 
     def send_ioctl(self, unique: int, result: int = 0, data: bytes = b"") -> None:
         """What ioctl(2) returns, an int32 (a negative errno makes it -1), and the bytes for the caller's structure."""
+        self.waiting.pop(unique, None)
         body = k.IOCTL_OUT.pack(result, 0, 0, 0)
         self.send([k.OUT_HEADER.pack(16 + len(body) + len(data), 0, unique) + body, data])
 
     def send_error(self, unique: int, number: int) -> None:
+        self.waiting.pop(unique, None)
         self.send([k.OUT_HEADER.pack(16, -number, unique)])
 
     def has_open(self, kind: type[Node]) -> bool:
@@ -210,6 +217,11 @@ class Session:
         handle = self._number()
         self.directories[handle] = listing
         return k.OPEN_OUT.pack(handle, 0, 0)
+
+    def asked(self, unique: int, handle: int) -> Node:
+        """The open file that has to answer, which INTERRUPT asks until it has."""
+        node = self.waiting[unique] = self.handles[handle]
+        return node
 
     def released(self, handle: int) -> None:
         node = self.handles[handle]

@@ -169,10 +169,11 @@ class Disk(Node):
         self._give(command)
 
     def landing(self) -> tuple[memoryview, memoryview] | None:
-        """The pages of the commands that the next write will take."""
+        """The pages of the commands that the next write will take. Not if their backend may be a stranger, who has them
+        mapped: what lands there by a wrong guess is somebody else's."""
         front = self.front
         small, large = front.small.free, front.large.free
-        if small and large and front.trusted and front.state is XenbusState.Connected:
+        if small and large and front.trusted and front.peer_domid == 0 and front.state is XenbusState.Connected:
             return small[-1].view, large[-1].tail
         return None
 

@@ -8,7 +8,8 @@ Linux's ioctls return the port; their structure lies in the caller's memory. Fre
 along; where a number's direction bits mean the reverse to Linux, it is fetched as well. Both are told apart by number.
 
 Unlike Linux: an unknown ioctl is ENOTTY; a domain that is gone is EIO, also for who waits, and ENODEV for open(2); beyond
-OPENS_MOST opens of a domain but 0 it is ENFILE. For inspection O_RDONLY is enough.
+OPENS_MOST opens of a domain but 0 it is ENFILE; while READS_MOST reads of an open wait, one more is EAGAIN. For inspection
+O_RDONLY is enough.
 
 Invariants: every READ gets one answer; one that waits found nothing to read, so READs are answered in their order. There
 is no size: FUSE would have copy_file_range(2) end there. As no write waits, it does not matter that it lets only one in.
@@ -20,21 +21,20 @@ import errno
 import os
 import select
 import stat
-from collections import deque
 from collections.abc import Callable
 from struct import Struct
 from typing import NamedTuple
 
 from sysdev.evtchn import MOST_BYTES, EvtchnDevice, EvtchnUser
 from sysdev.steps import Job, Read
-from xenfs import caller
-from xenfs.calls import DomainCalls, Result
+from xenfs.calls import Callers, DomainCalls, Result
 from xenfs.fuse import kernel as k
 from xenfs.fuse.session import Session
 from xenfs.fuse.tree import Change, Ioctl, Node, Opened, refuse
 from xenmodel.xenstore.perms import CONTROL_DOMAIN
 
 OPENS_MOST = 256  # of a domain; domain 0 has no such limit
+READS_MOST = 64  # of an open, that wait
 
 READABLE = select.POLLIN | select.POLLRDNORM
 WRITABLE = select.POLLOUT | select.POLLWRNORM
@@ -83,7 +83,6 @@ class Reader(NamedTuple):
     """A READ that waits for something to read."""
 
     session: Session
-    unique: int
     size: int
 
 
@@ -93,7 +92,8 @@ class EvtchnFile(Node):
     def __init__(self, node: EvtchnNode) -> None:
         self.node = node
         self.user: EvtchnUser | None = None
-        self.reads: deque[Reader] = deque()
+        self.callers = Callers(node.calls)
+        self.reads: dict[int, Reader] = {}  # by unique, the one that waits longest first
         self.pollers: set[tuple[Session, int]] = set()
         self.table: bytes | None = None  # as it was at the first read
         self.position = 0  # in it; FUSE has none for a stream
@@ -106,8 +106,8 @@ class EvtchnFile(Node):
         data = self.user.read(size)
         if isinstance(data, bytes):
             session.send_data(unique, [data])
-        elif data == -errno.EAGAIN and not flags & os.O_NONBLOCK:
-            self.reads.append(Reader(session, unique, size))
+        elif data == -errno.EAGAIN and not flags & os.O_NONBLOCK and len(self.reads) < READS_MOST:
+            self.reads[unique] = Reader(session, size)
         else:
             raise refuse(-data)
 
@@ -136,7 +136,7 @@ class EvtchnFile(Node):
         call = CALLS.get(request.command)
         if call is None:
             raise refuse(errno.ENOTTY)
-        self.node.calls.run(request, self._call(request, call))
+        self.callers.run(request, self._call(request, call))
 
     def _call(self, request: Ioctl, call: Call) -> Job[Result]:
         size = call.arguments.size
@@ -145,20 +145,21 @@ class EvtchnFile(Node):
             data = yield Read(request.arg, size)
         arguments = call.arguments.unpack_from(data)
         if self.user is None:
-            self.user = self.node.device.open(caller.describe(request.pid), self._wake)
-            self.table = None
+            who = yield from self.callers.who(request.pid)
+            if self.user is None:  # still
+                self.user = self.node.device.open(who.name, self._wake)
+                self.table = None
         result = call.do(self.user, *arguments)
         if result < 0:
             raise refuse(-result)
         return (0, call.arguments.pack(*arguments) + _U32.pack(result)) if call.back else result
 
     def interrupt(self, unique: int) -> bool:
-        for read in self.reads:
-            if read.unique == unique:
-                self.reads.remove(read)
-                read.session.send_error(unique, errno.EINTR)
-                return True
-        return self.node.calls.interrupt(unique)
+        read = self.reads.pop(unique, None)
+        if read is None:
+            return self.node.calls.interrupt(unique)
+        read.session.send_error(unique, errno.EINTR)
+        return True
 
     def setattr(self, change: Change) -> None:
         self.node.setattr(change)
@@ -168,9 +169,9 @@ class EvtchnFile(Node):
         self.pollers.clear()
         if self.user is not None:
             self.user.close()
-        while self.reads:
-            read = self.reads.popleft()
-            read.session.send_error(read.unique, errno.EIO)
+        for unique, read in self.reads.items():
+            read.session.send_error(unique, errno.EIO)
+        self.reads.clear()
 
     def _table(self, size: int) -> bytes:
         """The next part of the table; empty at its end, and ever after."""
@@ -186,7 +187,8 @@ class EvtchnFile(Node):
         """There is something that was not there. Called from a handler."""
         assert self.user is not None, "woken before there was an open of the device"
         while self.user.readable and self.reads:  # in this order: to look may find an event, and call us for it
-            session, unique, size = self.reads.popleft()
+            unique = next(iter(self.reads))
+            session, size = self.reads.pop(unique)
             data = self.user.read(size)
             if isinstance(data, bytes):
                 session.send_data(unique, [data])

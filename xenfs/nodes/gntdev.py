@@ -18,9 +18,8 @@ from sysdev.gntalloc import Gntalloc
 from sysdev.gntcopy import SEGMENT, STATUS, STATUS_AT, copy
 from sysdev.gntdev import REFS_MOST, Gntdev
 from sysdev.steps import Job, MapAt, Maps, Read, Write
-from xenfs import caller
 from xenfs.arena import Arena
-from xenfs.calls import DomainCalls, Result
+from xenfs.calls import Callers, DomainCalls, Result
 from xenfs.fuse import kernel as k
 from xenfs.fuse.session import Session
 from xenfs.fuse.tree import Change, Ioctl, Node, Opened, refuse
@@ -80,7 +79,7 @@ class GrantFile(Node):
         self.grants = node.gntdev.open()
         self.pages = node.gntalloc.open(self._look)
         self.pids: set[int] = set()  # who has allocated pages
-        self.names: dict[int, str] = {}  # of callers, for inspection
+        self.callers = Callers(node.calls)
         node.files.add(self)
 
     def interrupt(self, unique: int) -> bool:
@@ -92,7 +91,7 @@ class GrantFile(Node):
             raise refuse(errno.ENOTTY)
         if self.node.stopped:
             raise refuse(errno.ENODEV)
-        self.node.calls.run(request, command(self, request))
+        self.callers.run(request, command(self, request))
 
     def write(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
         raise refuse(errno.EINVAL)
@@ -107,19 +106,11 @@ class GrantFile(Node):
     def _close(self) -> Job[None]:
         yield from self.grants.close()
         yield from self.pages.close()
-        self.node.arena.sweep()
+        self.node.arena.tidy()
 
     def _look(self, offsets: Sequence[int]) -> Job[set[int]]:
         found: set[int] = yield Maps(tuple(self.pids), self.node.arena.device, self.node.ino, offsets)
         return found
-
-    def name(self, pid: int) -> str:
-        """comm[tgid] of a caller; as it was when it first called, for looking costs more than a mapping."""
-        if pid not in self.names:
-            if len(self.names) >= PIDS_MOST:
-                self.names.clear()
-            self.names[pid] = caller.describe(pid)
-        return self.names[pid]
 
     def check_mappable(self) -> None:
         if not self.node.arena.backing_id:
@@ -140,7 +131,8 @@ def _structure(request: Ioctl, layout: Struct) -> Job[bytes]:
 def map_grant_ref(file: GrantFile, request: Ioctl) -> Job[Result]:
     count, _ = _COUNT_INDEX.unpack((yield from _structure(request, _COUNT_INDEX)))
     refs = yield from _refs(file, count, request.arg + _COUNT_INDEX.size)
-    index = yield from file.grants.map(refs, file.name(request.pid))
+    who = yield from file.callers.who(request.pid)
+    index = yield from file.grants.map(refs, who.name)
     if index < 0:
         raise refuse(-index)
     try:
@@ -156,7 +148,8 @@ def map_grant_ref_freebsd(file: GrantFile, request: Ioctl) -> Job[Result]:
         raise refuse(errno.EINVAL)
     count, _ = _COUNT_INDEX.unpack_from(request.data)
     refs = yield from _refs(file, count, _POINTER.unpack_from(request.data, _COUNT_INDEX.size)[0])
-    index = yield from file.grants.map(refs, file.name(request.pid))
+    who = yield from file.callers.who(request.pid)
+    index = yield from file.grants.map(refs, who.name)
     if index < 0:
         raise refuse(-index)
     return 0, _COUNT_INDEX.pack(count, index) + request.data[_COUNT_INDEX.size :]
@@ -253,7 +246,7 @@ def alloc_gref_freebsd(file: GrantFile, request: Ioctl) -> Job[Result]:
 def _alloc(file: GrantFile, request: Ioctl, what: tuple[int, int, int], refs_at: int, *, in_memory: bool) -> Job[Result]:
     file.check_mappable()
     if len(file.pids) < PIDS_MOST:
-        file.pids.add(caller.thread_group(request.pid))
+        file.pids.add((yield from file.callers.who(request.pid)).tgid)
     index, refs = yield from file.pages.alloc(*what)
     try:
         yield Write(refs_at, b"".join(ref.to_bytes(4, "little") for ref in refs))

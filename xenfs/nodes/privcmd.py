@@ -5,8 +5,9 @@ are addresses in the caller's memory either way, which xenfs/calls.py reaches. W
 
 All other ioctls are ENOTTY: mapping another domain's memory, device-model operations, RESTRICT. libxenforeignmemory and
 libxendevicemodel ask for one when they open the file, and put up with that. A file that is still open when its domain is
-gone says ENODEV, also to who waits in an ioctl then. Nothing belongs to an open(): ports that a program bound here stay
-bound when it ends, as on Xen. ENOSYS reaches programs as ENOTTY: Linux does that to whatever FUSE answers to an ioctl.
+gone says ENODEV, also to who waits in an ioctl then. Nothing belongs to an open() but what we know of its callers: ports
+that a program bound here stay bound when it ends, as on Xen. ENOSYS reaches programs as ENOTTY: Linux does that to whatever
+FUSE answers to an ioctl.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from types import MappingProxyType
 
 from sysdev.hypercall import Hypercalls
 from sysdev.steps import Job, Read
-from xenfs import caller
-from xenfs.calls import DomainCalls, Result
+from xenfs.calls import Callers, DomainCalls, Result
 from xenfs.fuse.kernel import FOPEN_DIRECT_IO
 from xenfs.fuse.session import Session
 from xenfs.fuse.tree import Ioctl, Node, Opened, refuse
@@ -48,27 +48,38 @@ class Privcmd(Node):
         self.uuid = uuid
 
     def open(self, flags: int) -> Opened:
-        self._alive()
-        return Opened(self, FOPEN_DIRECT_IO)
+        self.check_alive()
+        return Opened(PrivcmdFile(self), FOPEN_DIRECT_IO)
+
+    def check_alive(self) -> None:
+        if self.domain.hypervisor.domains.get(self.domain.domid) is not self.domain:
+            raise refuse(errno.ENODEV)
+
+
+class PrivcmdFile(Node):
+    """One open."""
+
+    def __init__(self, node: Privcmd) -> None:
+        self.node = node
+        self.callers = Callers(node.calls)
 
     def write(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
         raise refuse(errno.EINVAL)
 
     def interrupt(self, unique: int) -> bool:
-        return self.calls.interrupt(unique)
+        return self.node.calls.interrupt(unique)
 
     def ioctl(self, request: Ioctl) -> None:
-        self._alive()
+        self.node.check_alive()
         if request.command == IOCTL_PRIVCMD_HYPERCALL:
-            self.calls.run(request, self._linux(request))
+            self.callers.run(request, self._linux(request))
         elif request.command == FREEBSD_IOCTL_PRIVCMD_HYPERCALL:
-            self.calls.run(request, self._freebsd(request))
+            self.callers.run(request, self._freebsd(request))
         else:
             raise refuse(errno.ENOTTY)
 
     def _linux(self, request: Ioctl) -> Job[Result]:
         data: bytes = yield Read(request.arg, PRIVCMD_HYPERCALL.size)
-        self._alive()
         return (yield from self._call(request.pid, PRIVCMD_HYPERCALL.unpack(data)))
 
     def _freebsd(self, request: Ioctl) -> Job[Result]:
@@ -79,16 +90,14 @@ class Privcmd(Node):
         result = yield from self._call(request.pid, words)
         return 0, FREEBSD_PRIVCMD_HYPERCALL.pack(*words, result)
 
-    def _alive(self) -> None:
-        if self.domain.hypervisor.domains.get(self.domain.domid) is not self.domain:
-            raise refuse(errno.ENODEV)
-
     def _call(self, pid: int, words: tuple[int, ...]) -> Job[int]:
         """The result; a negative one is an OSError."""
-        calls = Hypercalls(self.domain, lambda: caller.describe(pid), self.uuid)
+        who = yield from self.callers.who(pid)
+        self.node.check_alive()
+        calls = Hypercalls(self.node.domain, lambda: who.name, self.node.uuid)
         result = yield from calls.call(words[0] & _U32, words[1:])  # the number is an unsigned int to both kernels
         if result < 0:
-            self._alive()
+            self.node.check_alive()
             raise refuse(_ERRNO[-result])
         assert result <= _INT_MAX, f"hypercall {words[0]}: {result} is no int32"
         return result

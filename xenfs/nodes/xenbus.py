@@ -10,7 +10,8 @@ is ignored and a WATCH that the store refuses is the errno of the write(2), with
 Unlike Linux: what follows a whole request in one write(2) is the next request (Linux drops it). Unread replies are at
 most QUEUE_MOST bytes: then, and while the store takes nothing from this domain, a write waits, or is EAGAIN with
 O_NONBLOCK. They count for the domain's memory quota. A write that is given up half way is short, by whole requests. A lost
-stream is EIO once all was read. Beyond 256 opens of all device files of a domain but 0 (xenfs/xenstored.py) it is ENFILE.
+stream is EIO once all was read. While WAITING_MOST reads of an open wait, one more is EAGAIN; so are writes. Beyond 256
+opens of all device files of a domain but 0 (xenfs/xenstored.py) it is ENFILE.
 
 Invariants: every READ and WRITE gets one answer; a request goes to the peer whole or not at all; at most one is waited
 for (`talk`), and nothing follows it until its reply is there; what is in `queue` is in its domain's `unread`.
@@ -23,7 +24,6 @@ import errno
 import os
 import select
 import stat
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,6 +41,7 @@ MakePeer = Callable[[Callable[[], None]], Peer]  # its argument: there may be ou
 BUFFER_BYTES = 4096  # of a request with its header; both kernels
 QUEUE_MOST = 64 * 1024  # unread bytes of one open beyond which the store's output stays with the peer
 QUEUE_MOST_DOM0 = 256 * 1024
+WAITING_MOST = 64  # reads of one open that wait, and writes
 
 READABLE = select.POLLIN | select.POLLRDNORM
 WRITABLE = select.POLLOUT | select.POLLWRNORM
@@ -53,7 +54,6 @@ class Read(NamedTuple):
     """A READ that waits for something to read."""
 
     session: Session
-    unique: int
     size: int
 
 
@@ -82,8 +82,8 @@ class XsFile(Node):
         self.closed = False
         self.buffer = bytearray()  # a request that is not whole, or cannot go to the peer yet
         self.queue = bytearray()  # for the reader
-        self.reads: deque[Read] = deque()
-        self.writes: deque[Write] = deque()
+        self.reads: dict[int, Read] = {}  # by unique, the one that waits longest first
+        self.writes: dict[int, Write] = {}
         self.unanswered = 0  # requests that the peer has
         self.talk: Callable[[Message], None] | None = None  # takes the reply to the last of them
         self.refused = 0  # errno of what the first write asked
@@ -130,17 +130,17 @@ class XsFile(Node):
     # --- the file -----------------------------------------------------------------------------------------------------
 
     def read(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
-        if flags & os.O_NONBLOCK and not self.queue and not self.lost:
+        if (flags & os.O_NONBLOCK or len(self.reads) >= WAITING_MOST) and not self.queue and not self.lost:
             raise refuse(errno.EAGAIN)
-        self.reads.append(Read(session, unique, size))
+        self.reads[unique] = Read(session, size)
         self.pump()
 
     def write(self, session: Session, unique: int, offset: int, size: int, flags: int) -> None:
         nonblock = bool(flags & os.O_NONBLOCK)
-        if nonblock and self.writes:
+        if len(self.writes) >= (1 if nonblock else WAITING_MOST):
             raise refuse(errno.EAGAIN)
         data = bytes(session.landing[0][: min(size, BUFFER_BYTES)])  # more is refused anyway
-        self.writes.append(Write(session, unique, size, nonblock, data))
+        self.writes[unique] = Write(session, unique, size, nonblock, data)
         self.pump()
 
     def poll(self, session: Session, kh: int, schedule: bool) -> int:
@@ -152,19 +152,15 @@ class XsFile(Node):
         return revents
 
     def interrupt(self, unique: int) -> bool:
-        for read in self.reads:
-            if read.unique == unique:
-                self.reads.remove(read)
-                read.session.send_error(unique, errno.EINTR)
-                return True
-        for write in self.writes:
-            if write.unique == unique:
-                if write is self.writes[0] and self.talk is not None:
-                    return False  # the store answers soon; the kernels do not give this up either
-                self._give_up(write, errno.EINTR)
-                self.pump()
-                return True
-        return False
+        read, write = self.reads.pop(unique, None), self.writes.get(unique)
+        if read is not None:
+            read.session.send_error(unique, errno.EINTR)
+            return True
+        if write is None or (self.talk is not None and unique == next(iter(self.writes))):
+            return False  # the store answers soon; the kernels do not give this up either
+        self._give_up(write, errno.EINTR)
+        self.pump()
+        return True
 
     def release(self) -> None:
         self.closed = True
@@ -227,17 +223,17 @@ class XsFile(Node):
     def _hand_over(self) -> None:
         """Writes, first come first served, until one has to wait."""
         while self.writes and self.talk is None and not self.lost:
-            write = self.writes[0]
+            write = next(iter(self.writes.values()))
             if not self.refused:
                 self.refused = self._accept(write)
             if self.refused:
                 number, self.refused = self.refused, 0
-                self.writes.popleft()
+                del self.writes[write.unique]
                 write.session.send_error(write.unique, number)
             elif self.talk is not None:
                 self._take()  # nearly always the reply is there
             elif not self._has_request():
-                self.writes.popleft()
+                del self.writes[write.unique]
                 write.session.send_written(write.unique, write.size)
             elif not write.nonblock:
                 return
@@ -276,7 +272,7 @@ class XsFile(Node):
 
     def _give_up(self, write: Write, number: int) -> None:
         """Answer a write that waits: short if some of it is with the peer, else `number`. The rest never was written."""
-        self.writes.remove(write)
+        del self.writes[write.unique]
         if write.handed:
             written = write.size - len(self.buffer)
             self.buffer.clear()
@@ -288,7 +284,8 @@ class XsFile(Node):
 
     def _answer(self) -> None:
         while self.reads and self.queue:
-            session, unique, size = self.reads.popleft()
+            unique = next(iter(self.reads))
+            session, size = self.reads.pop(unique)
             if self.full:
                 self._again = True  # there is room now
             data = self.queue[:size]
@@ -300,9 +297,9 @@ class XsFile(Node):
 
     def _fail_all(self) -> None:
         self.talk = None
-        waiting: list[Read | Write] = [*self.reads, *self.writes]
-        for one in waiting:
-            one.session.send_error(one.unique, errno.EIO)
+        waiting: list[tuple[int, Read | Write]] = [*self.reads.items(), *self.writes.items()]
+        for unique, one in waiting:
+            one.session.send_error(unique, errno.EIO)
         self.reads.clear()
         self.writes.clear()
 
