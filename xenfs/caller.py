@@ -39,7 +39,7 @@ MAPS_BYTES_MAX = 32 << 20  # 65530 mappings (vm.max_map_count) with names of 400
 LOOK_BYTES_MAX = 8 << 20  # of all the maps that one look at many processes reads
 MAPS_PIECE_BYTES = 65536
 STATUS_BYTES = 1024  # of /proc/PID/status: Name (at most 64 characters, escaped) and Tgid are among the first lines
-_STAT_SIGNAL = 31 - 3  # of /proc/PID/stat: what is pending for the thread, counted from after its name
+_STAT_SIGNAL = 31 - 3  # of /proc/PID/task/PID/stat: what is pending for the thread, counted from after its name
 COMM_MAX = 15  # TASK_COMM_LEN without its NUL
 
 PROCMAP_QUERY = 0xC0686611  # <linux/fs.h>: _IOWR('f', 17, struct procmap_query), Linux 6.11
@@ -155,7 +155,7 @@ def _is_near(pid: int) -> bool:
 def killed(pid: int) -> bool:
     """Has the thread a SIGKILL that it has not died of yet, or is it gone?"""
     try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+        with open(f"/proc/{pid}/task/{pid}/stat", "rb", buffering=0) as file:
             fields = file.read(STATUS_BYTES).rpartition(b")")[2].split()
     except OSError:
         return True

@@ -178,24 +178,26 @@ class Calls:
         running = self._far.get(unique)
         if running is None or running.answered:
             return False
-        self._signalled.append(running)
-        self.give_up_killed()
+        if not self._give_up(running):
+            self._signalled.append(running)
+            self.on_signalled()
         return True
 
     def give_up_killed(self) -> None:
-        """Answer those whose callers are killed. The job learns of it when the thread is back."""
-        signalled, self._signalled = self._signalled, []
-        for running in signalled:
-            if self._far.get(running.key) is not running:
-                continue
-            if not caller.killed(running.pid):
-                self._signalled.append(running)
-                continue
-            assert running.request is not None, "only callers have signals"
-            running.answered = True
-            running.request.session.send_error(running.request.unique, errno.EINTR)
+        """Look again at those who had a signal."""
+        still = [running for running in self._signalled if self._far.get(running.key) is running]
+        self._signalled = [running for running in still if not self._give_up(running)]
         if self._signalled:
             self.on_signalled()
+
+    def _give_up(self, running: Running) -> bool:
+        """Answer it if its caller is killed. The job learns of it when the thread is back."""
+        if not caller.killed(running.pid):
+            return False
+        assert running.request is not None, "only callers have signals"
+        running.answered = True
+        running.request.session.send_error(running.request.unique, errno.EINTR)
+        return True
 
     def _is_short(self, running: Running, step: Step) -> bool:
         if not running.near or running.request is None or running.request.uid != self.uid:

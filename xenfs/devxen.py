@@ -82,6 +82,8 @@ class XenDevices:
         """Put the files of a domain into its dev/xen."""
         devices = DomainDevices(domain, self.arena, self.calls, lambda: self._table(domain))
         devices.gntalloc.on_linger = lambda: self._chores.set()
+        for grant_node in devices.grant_nodes:
+            grant_node.on_close = lambda: self._chores.set()
         self.domains[domain.domid] = devices
         for name, node in devices.nodes.items():
             directory.add(name, node)
@@ -120,13 +122,14 @@ class XenDevices:
                 await trio.lowlevel.checkpoint()
 
     async def do_chores(self) -> None:
-        """The task that looks, now and then, which pages of gntalloc no process maps any more, and whether a caller that had
-        a signal was killed. It sleeps while there is nothing to look at."""
+        """The task that looks, now and then, which pages of gntalloc no process maps any more, whether a caller that had a
+        signal was killed, and what processes have left in the arena. It sleeps while there is nothing to look at."""
         while True:
             await self._chores.wait()
             self._chores = trio.Event()
             await trio.sleep(CHORES_S)
             self.calls.give_up_killed()
+            self.arena.tidy()
             for devices in self.domains.values():
                 if devices.gntalloc.lingering and not devices.sweeping:  # it says when there is more
                     devices.calls.run(None, devices.sweep())

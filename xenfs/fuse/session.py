@@ -184,11 +184,10 @@ class Session:
 
     def attributes(self, node: Node) -> tuple[int, ...]:
         """An ATTR. No node has times."""
-        size = node.size
         blksize = 4096
         times = (0, 0, 0, 0, 0, 0)
         owner = (self.uid, self.gid if node.gid is None else node.gid)
-        return (node.ino, size, -(-size // 512), *times, node.get_mode(), node.nlink, *owner, 0, blksize, 0)
+        return (node.ino, node.size, node.blocks, *times, node.get_mode(), node.nlink, *owner, 0, blksize, 0)
 
     def entry(self, node: Node) -> bytes:
         """The ENTRY_OUT of a node, which the kernel knows once more from now on."""

@@ -79,6 +79,11 @@ class Node:
     def size(self) -> int:
         return 0
 
+    @property
+    def blocks(self) -> int:
+        """Of 512 bytes, as du(1) counts them."""
+        return -(-self.size // 512)
+
     def get_mode(self) -> int:
         """For attributes: `mode`, or with permission bits that can change."""
         return self.mode

@@ -18,7 +18,7 @@ from sysdev.gntalloc import Gntalloc
 from sysdev.gntcopy import SEGMENT, STATUS, STATUS_AT, copy
 from sysdev.gntdev import REFS_MOST, Gntdev
 from sysdev.steps import Job, MapAt, Maps, Read, Write
-from xenfs.arena import Arena
+from xenfs.arena import SIZE, Arena
 from xenfs.calls import Callers, DomainCalls, Result
 from xenfs.fuse import kernel as k
 from xenfs.fuse.session import Session
@@ -54,7 +54,17 @@ class GrantNode(Node):
         self.calls = calls
         self.stopped = False
         self.files: set[GrantFile] = set()
+        self.on_close: Callable[[], None] = lambda: None  # a process may still map something
         self.commands = commands
+
+    @property
+    def size(self) -> int:
+        """That of what is mapped: some programs (Python's mmap) look, for it is a regular file."""
+        return SIZE
+
+    @property
+    def blocks(self) -> int:
+        return 0
 
     def open(self, flags: int) -> Opened:
         if self.stopped:
@@ -107,6 +117,7 @@ class GrantFile(Node):
         yield from self.grants.close()
         yield from self.pages.close()
         self.node.arena.tidy()
+        self.node.on_close()
 
     def _look(self, offsets: Sequence[int]) -> Job[set[int]]:
         found: set[int] = yield Maps(tuple(self.pids), self.node.arena.device, self.node.ino, offsets)
