@@ -172,7 +172,7 @@ class GntallocUser:
         try:
             for i in range(count):  # the grant table may need memory, too
                 refs.append(grants.grant_access(domid, Pfn(first + i), readonly=not writable))
-            run = device.arena.reserve(count, domid, device.domain.domid)
+            run = device.arena.reserve(count, domid, device.domain.domid, self)
             shown = device.arena.show([Frame(memory, first + i) for i in range(count)], run, 0)
         finally:
             if not shown:
@@ -213,6 +213,7 @@ class GntallocUser:
         """The descriptor is gone. Its pages go, too, but those that a process still maps."""
         self.closed = True
         self.device.users.discard(self)
+        self.device.arena.disown(self)
         pages, self.pages = list(self.pages.values()), {}
         if pages:
             yield from self.device.linger(pages, self.look)

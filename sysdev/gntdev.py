@@ -39,7 +39,8 @@ UNMAP_NOTIFY_CLEAR_BYTE, UNMAP_NOTIFY_SEND_EVENT = 1, 2
 class Arena(Protocol):
     """Where frames are put so that processes can map them: xenfs/arena.py."""
 
-    def reserve(self, count: int, domid: int, by: int) -> Any: ...
+    def reserve(self, count: int, domid: int, by: int, owner: object) -> Any: ...
+    def disown(self, owner: object) -> None: ...
     def give_up(self, run: Any, count: int) -> None: ...
     def where(self, frame: Frame) -> int | None: ...
     def join(self, frames: Sequence[Frame], offset: int, domid: int) -> None: ...
@@ -175,7 +176,7 @@ class GntdevUser:
         """Make them visible. What was done is in `shown`, also after an exception."""
         arena, domid, count = self.device.arena, self.device.domain.domid, len(grant_map.mappings)
         offset = arena.where(grant_map.mappings[0].frame)
-        run = arena.reserve(count, domid, domid) if offset is None else None
+        run = arena.reserve(count, domid, domid, self) if offset is None else None
         grant_map.index = int(run.offset) if run is not None else offset or 0
         done = 0
         try:
@@ -222,6 +223,7 @@ class GntdevUser:
         for grant_map in list(self._changing):
             yield from self._undo(grant_map)
         self.device.users.discard(self)
+        self.device.arena.disown(self)
         return 0
 
     def _forget(self, grant_map: GrantMap) -> None:

@@ -8,7 +8,8 @@ A page belongs to one file, and a descriptor maps one file: so processes can onl
 All therefore map this one, and are kept apart by where things are: it is 2**62 bytes long, nearly all of it holes, and each
 run of frames is at a random place in it. Who does not know a place finds a hole there, and a page of nothing. A run holds
 only frames that one domain may map, for who knows one page knows its neighbours, and its place is only ever used again for
-the same two domains: who it is for, and who made it. docs/adr/0018 says what was weighed.
+the same two domains: who it is for, and who made it, and while the open that made it lives, for that one. docs/adr/0018 says
+what was weighed.
 
 A page that is not needed any more is zeroed, but stays: to punch a hole the file must not be immutable, and while it is not,
 anybody's MADV_REMOVE could tear pages out of runs that he knows nothing of. When no frame is here, the file is emptied.
@@ -30,43 +31,22 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from struct import Struct
 
+from xenfs.places import SIZE, Places, Run
 from xenmodel.memory import Frame, OutOfMemory
 from xenmodel.types import PAGE_SIZE
 
 log = logging.getLogger("xenfs.arena")
 
-SIZE = 1 << 62
 MAPS_OF_OURS = 8192  # mappings this process may need for everything else
 LOOKS_MOST = 64  # at frames that somebody still writes to, in one step
 _FUSE_DEV_IOC_BACKING_OPEN = 0x4010E501  # <linux/fuse.h>
 _BACKING_MAP = Struct("<iIQ")  # fd flags padding
 _FS_IOC_SETFLAGS, _FS_IMMUTABLE_FL = 0x40086602, 0x10  # <linux/fs.h>
-GUEST_PAGES = 1 << 17  # of runs that a guest has made, in use or waiting to be
 KEEP_BYTES = 16 << 20  # that an empty arena may have of pages
 _ZEROES = memoryview(bytes(1 << 20))
 
 Filling = Callable[[], Iterable[tuple[int, int]]]
 Later = Callable[[Callable[[], None], Callable[[], None]], None]  # do the first in a thread, then the second in the loop
-
-
-class Run:
-    """A stretch of the file, in pages: `count` of `size`. Domain `by` has made it, `domid` may map what is there. `left` of
-    them have a frame, or may still get one."""
-
-    __slots__ = ("by", "count", "domid", "first", "left", "size")
-
-    def __init__(self, first: int, size: int, domid: int, by: int) -> None:
-        self.first, self.size = first, size
-        self.domid, self.by = domid, by
-        self.count = self.left = 0
-
-    @property
-    def end(self) -> int:
-        return self.first + self.size
-
-    @property
-    def offset(self) -> int:
-        return self.first * PAGE_SIZE
 
 
 class Slot:
@@ -94,9 +74,8 @@ class Arena:
         os.ftruncate(self.fd, SIZE)
         os.fchmod(self.fd, 0o600)  # mincore(2) tells others nothing
         self._slots: dict[Frame, Slot] = {}
-        self._runs: list[Run] = []  # ascending
-        self._unused: defaultdict[tuple[int, int, int], list[Run]] = defaultdict(list)  # by makers, domains and sizes
-        self._pages: Counter[int] = Counter()  # of runs, by their makers
+        self.places = Places()
+        self.reserve, self.give_up, self.disown = self.places.reserve, self.places.give_up, self.places.disown
         self.keep = KEEP_BYTES
         self._emptying = False
         self._pieces: Counter[int] = Counter()  # mappings of ours that it takes, by the makers of the runs
@@ -117,42 +96,6 @@ class Arena:
         return bool(self.backing_id)
 
     # --- showing -----------------------------------------------------------------------------------------------------
-
-    def reserve(self, count: int, domid: int, by: int) -> Run:
-        """A run of `count` pages, where nobody can guess it, made by domain `by`, to be shown to processes of `domid`.
-        OutOfMemory if that guest has too many."""
-        size = 1 << (count - 1).bit_length()  # few sizes, so that runs fit again
-        unused = self._unused.get((by, domid, size))
-        if unused:
-            run = unused.pop()
-        else:
-            if by and self._pages[by] + size > GUEST_PAGES:
-                raise OutOfMemory(f"domain {by} has {self._pages[by]} of {GUEST_PAGES} pages of memory for processes")
-            run = self._new_run(size, domid, by)
-            self._pages[by] += size
-        run.count = run.left = count
-        return run
-
-    def _new_run(self, size: int, domid: int, by: int) -> Run:
-        while True:
-            first = int.from_bytes(os.urandom(8), "little") % (SIZE // PAGE_SIZE - size)
-            at = self._after(first)
-            clear_below = not at or self._runs[at - 1].end < first
-            if clear_below and (at == len(self._runs) or first + size < self._runs[at].first):
-                run = Run(first, size, domid, by)
-                self._runs.insert(at, run)
-                return run
-
-    def give_up(self, run: Run, count: int) -> None:
-        """So many pages of a run have, or will have, no frame."""
-        run.left -= count
-        assert run.left >= 0, f"run {run.first:#x} has {run.left} pages left"
-        if not run.left:
-            self._unused[run.by, run.domid, run.size].append(run)
-
-    def _after(self, page: int) -> int:
-        """Which of the runs is the first that begins after `page`."""
-        return bisect(self._runs, page, key=lambda run: run.first)
 
     def where(self, frame: Frame) -> int | None:
         """The offset at which a frame can be seen already."""
@@ -320,11 +263,7 @@ class Arena:
 
     def _emptied(self) -> None:
         self._emptying = False
-        self._unused.clear()
-        self._runs = [run for run in self._runs if run.left]
-        self._pages = Counter()
-        for run in self._runs:
-            self._pages[run.by] += run.size
+        self.places.forget_unused()
 
     def _wipe(self, offset: int, length: int) -> None:
         for start in range(0, length, len(_ZEROES)):

@@ -165,7 +165,8 @@ class Grants:
 
     def held(self) -> dict[str, object]:
         """How much there is of everything."""
-        counts: dict[str, object] = {"slots": len(self.arena._slots), "runs": sum(run.left > 0 for run in self.arena._runs)}
+        runs = sum(run.left > 0 for run in self.arena.places.runs)
+        counts: dict[str, object] = {"slots": len(self.arena._slots), "runs": runs}
         counts["pieces"] = sum(self.arena._pieces.values())
         for domid, domain in self.domains.items():
             active = {ref: (pins.readers, pins.writers) for ref, pins in domain.grants.active.items()}

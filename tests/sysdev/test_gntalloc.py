@@ -333,6 +333,6 @@ def test_the_domain_ends(grants, device, user, maps):
     with closing(grants.see(last)) as seen:
         assert seen[:3] == b"yes"
     finish(peer.close())
-    assert device.used == 0 and not grants.arena._slots and not any(run.left for run in grants.arena._runs)
+    assert device.used == 0 and not grants.arena._slots and not any(run.left for run in grants.arena.places.runs)
     finish(user.close())
     del grants.domains[1]

@@ -90,7 +90,7 @@ def test_ended_in_the_middle(grants, user, kind, step, end):
     if not results:
         results.append(finish(job))
     assert results == [EIO if kind == "map" else 0] and not grants.gntdev[1].users
-    assert not any(run.left for run in grants.arena._runs)
+    assert not any(run.left for run in grants.arena.places.runs)
     assert finish(user.map(refs[:1], "prog[1]")) == EIO and grants.violations() == []
 
 

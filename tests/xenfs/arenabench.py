@@ -77,7 +77,7 @@ class Bench:
         """No slot, no run in use, no page, no mapping, and nothing that waits."""
         arena = self.arena
         arena.tidy()
-        used = [run for run in arena._runs if run.left]
+        used = [run for run in arena.places.runs if run.left]
         assert (arena._slots, used, self.pages, self.mappings()) == ({}, [], 0, 0)
         assert not +arena._pieces and not any(arena._kept.values())
         arena.step()

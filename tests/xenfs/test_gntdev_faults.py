@@ -210,7 +210,8 @@ def test_the_domain_ends(desk, waits):
         assert desk.kernel.open(program.ino, os.O_RDWR) == Reply(errno.ENODEV, b"")
         program.release()
     desk.settle()
-    assert not grants.gntdev[1].users and not grants.gntalloc[1].users and not any(run.left for run in grants.arena._runs)
+    assert not grants.gntdev[1].users and not grants.gntalloc[1].users
+    assert not any(run.left for run in grants.arena.places.runs)
 
 
 def test_release(desk, far):

@@ -18,11 +18,12 @@ from sysdev.gntalloc import Gntalloc
 from sysdev.gntcopy import SEGMENT, STATUS, STATUS_AT, copy
 from sysdev.gntdev import REFS_MOST, Gntdev
 from sysdev.steps import Job, MapAt, Maps, Read, Write
-from xenfs.arena import SIZE, Arena
+from xenfs.arena import Arena
 from xenfs.calls import Callers, DomainCalls, Result
 from xenfs.fuse import kernel as k
 from xenfs.fuse.session import Session
 from xenfs.fuse.tree import Change, Ioctl, Node, Opened, refuse
+from xenfs.places import SIZE
 from xenmodel.types import PAGE_SIZE
 from xenmodel.xenstore.perms import CONTROL_DOMAIN
 
