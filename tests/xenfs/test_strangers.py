@@ -55,6 +55,21 @@ def test_a_backend_that_comes_later() -> None:
         assert [line for line in before.grown() if "domain 0" in line] == []
 
 
+def test_nothing_of_others_lands_with_a_program() -> None:
+    """Goal: the guess where the next write goes never puts somebody else's data into pages that a program has mapped.
+    Method: a write to such a disk, and to one of domain 0's, which makes the guess; where the next data would go."""
+    text = "name='g'; disk=['backend=storage,vdev=xvda,target=x', '/img,,xvdb']"
+    with Site(STORAGE, text, storages={"/img": MemoryStorage(2048)}) as site:
+        BackProgram(site, 1, 2)
+        session, scratch = site.kernel.session, site.kernel.session.landing
+        for name, lands_there in (("xvda", False), ("xvdb", True)):
+            fh = site.kernel.handle(f"domains/2/dev/{name}", 2)
+            assert site.kernel.write(fh, 0, DATA).error == 0
+            assert session.writer is session.handles[fh]
+            session.buffers()
+            assert (session.landing is not scratch) is lands_there
+
+
 def test_the_other_devices_are_still_checked() -> None:
     """Goal: a disk that domain 0 should serve and cannot is as fatal as ever, beside another's.  Method: both."""
     both = "name='g'; disk=['backend=storage,vdev=xvda,target=x', '/none,,xvdb']"
