@@ -51,7 +51,7 @@ class Channel:
 
 
 @pytest.mark.parametrize("ring", [IN_PAGE, SOME_PAGES, LARGEST])
-@pytest.mark.parametrize(("domid", "peer_domid"), PAIRS)
+@pytest.mark.parametrize(("domid", "peer_domid"), PAIRS[1:4])
 def test_echo(xen, domid, peer_domid, ring):
     """Goal: every byte comes back as it was, with rings within the page and of their own, in both roles.
     Method: pieces of random sizes to a server that echoes; the client closes, the server sees it and tidies up."""

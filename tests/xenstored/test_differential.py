@@ -262,7 +262,7 @@ class BesideDebians(RuleBasedStateMachine):
 
 TestBesideDebians = BesideDebians.TestCase
 TestBesideDebians.settings = settings(
-    max_examples=EXAMPLES or 500,
+    max_examples=EXAMPLES or 300,
     stateful_step_count=50,
     deadline=None,
     derandomize=not EXAMPLES,
