@@ -3,6 +3,7 @@ Method: tests/devxen/vchan.c as server and client in guests and domain 0; nothin
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 
@@ -118,8 +119,11 @@ def test_killed_both(xen, first):
     before = xen.held(0, 1, 2)
     server, client = Channel(xen, 1, 2, LARGEST).both(("echo",), ("ask", 1 << 40))
     assert client.quiet()
-    for program in (server, client) if first == "server" else (client, server):
-        program.kill()
+    ends = (server, client) if first == "server" else (client, server)
+    for program in ends:
+        program.process.send_signal(signal.SIGKILL)
+    assert ends[0].process.wait(10) == -signal.SIGKILL
+    ends[1].process.wait(10)  # it may have seen that, and ended by itself
     xen.wait_held(before, 0, 1, 2)
 
 
